@@ -1,0 +1,1 @@
+"""Experiments: each module has `get_config() -> refine_af.config.Experiment`."""

@@ -1,0 +1,19 @@
+"""What the stage programs do once their flags are parsed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl.flags import FlagHolder
+
+from refine_af import pipeline
+from refine_af.launch import flags
+
+
+def run(names: Sequence[str], workdir: "FlagHolder[str | None]", force: "FlagHolder[bool]") -> None:
+    """Run the named stages one after another in `--workdir`."""
+    directory = Path(flags.require(workdir)).expanduser()
+    config = flags.experiment()
+    pipeline.claim(config, directory, force=force.value)
+    job = pipeline.Run(config, directory)
+    for name in names:
+        pipeline.run_stage(job, name)

@@ -1,0 +1,77 @@
+"""Evaluate on Super-NaturalInstructions tasks: a workdir's arms, any model, or given predictions.
+
+With --config and --workdir: the stage. With --model or --predictions, and --output: alone.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags as absl_flags
+
+from refine_af import base_model, evaluation, records, superni
+from refine_af.config import Evaluation, Lora, Mesh, Model
+from refine_af.engine import Engine
+from refine_af.launch import _stages, flags
+
+_WORKDIR = flags.workdir_flags()
+_MODEL = absl_flags.DEFINE_string("model", None, "Model to evaluate: as --model of generate.")
+_PREDICTIONS = absl_flags.DEFINE_string(
+    "predictions", None, "JSONL rows id and prediction, to be scored only."
+)
+_TASKS = absl_flags.DEFINE_string(
+    "tasks", "", "Directory of task files; the bundled ones if empty."
+)
+_SPLIT = absl_flags.DEFINE_string("split", "", "File with a task name a line; all if empty.")
+_OUTPUT = absl_flags.DEFINE_string("output", None, "Directory for predictions and scores.")
+_NUM_EXAMPLES = absl_flags.DEFINE_integer("num_examples", 2, "Demonstrations.", lower_bound=0)
+_FORMAT = absl_flags.DEFINE_enum("format", "raw", ["raw", "chat"], "How prompts are framed.")
+_BATCH_SIZE = absl_flags.DEFINE_integer("batch_size", 32, "Rows at a time.", lower_bound=1)
+_DTYPE = absl_flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the arithmetic.")
+
+
+def _alone() -> bool:
+    return not any(argument.lstrip("-").startswith("config") for argument in sys.argv[1:])
+
+
+def main() -> None:
+    """The stage of a run, or an evaluation by itself."""
+    if not _alone():
+        _stages.run(["evaluate"], *_WORKDIR)
+        return
+    if (_MODEL.value is None) == (_PREDICTIONS.value is None):
+        raise ValueError("give --config and --workdir, or --model, or --predictions")
+    output = Path(flags.require(_OUTPUT))
+    options = Evaluation(
+        tasks=_TASKS.value,
+        split=_SPLIT.value,
+        num_examples=_NUM_EXAMPLES.value,
+        format=_FORMAT.value,
+        batch_size=_BATCH_SIZE.value,
+    )
+    tasks = evaluation.load_tasks(options)
+    if _PREDICTIONS.value:
+        rows = flags.read_input(Path(_PREDICTIONS.value), ("id", "prediction"))
+        found = {row["id"]: row["prediction"] for row in rows}
+        result = {"arms": {"predictions": superni.score(tasks, found)}}
+        records.write_text(output / evaluation.SCORES, json.dumps(result, indent=1) + "\n")
+    else:
+        result = _evaluate_model(options, tasks, output)
+    for arm, scores in result["arms"].items():
+        print(f"{arm}: {json.dumps(scores['all'])}")
+
+
+def _evaluate_model(options: Evaluation, tasks: list[superni.Task], output: Path) -> dict[str, Any]:
+    model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
+    base = base_model.load(model, Mesh())
+    engine = Engine(base.config, base.tokenizer, base.mesh, base.eos_ids, options.batch_size)
+    asked = evaluation.questions(tasks, base.tokenizer, options)
+    predictions = output / evaluation.PREDICTIONS
+    params = base.for_sampling(None, Lora())
+    evaluation.predict(engine, params, asked, options, predictions, model.source)
+    return evaluation.write_scores(tasks, predictions, output / evaluation.SCORES)
+
+
+if __name__ == "__main__":
+    flags.start(main, with_config=not _alone())

@@ -1,0 +1,203 @@
+"""Flags that programs share, and one way to start them: errors in one line, never a traceback."""
+
+import dataclasses
+import difflib
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from refine_af import configs, records
+from refine_af.config import Experiment, from_dict
+from refine_af.models.sources import cache_dir
+
+_CONFIGS = Path(next(iter(configs.__path__)))
+
+
+def available_configs() -> list[str]:
+    """Names that `--config` takes besides a path."""
+    return sorted(p.stem for p in _CONFIGS.glob("*.py") if not p.stem.startswith("_"))
+
+
+def load_config(name: str) -> Experiment:
+    """Experiment of a bundled name or of a `.py` file.
+
+    Raises:
+        ValueError: no such config, or the file does not give an Experiment.
+    """
+    path = Path(name) if name.endswith(".py") else _CONFIGS / f"{name}.py"
+    if not path.is_file():
+        near = difflib.get_close_matches(name, available_configs(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"--config={name}: not found; expected a .py file or one of {available_configs()}{hint}"
+        )
+    spec = importlib.util.spec_from_file_location("experiment", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config() if hasattr(module, "get_config") else None
+    if not isinstance(config, Experiment):
+        raise ValueError(f"{path}: expected a function get_config() that returns an Experiment")
+    return config
+
+
+def parse_with_config(argv: Sequence[str]) -> list[str]:
+    """absl flags parser for programs with `--config` and typed `--config.a.b=value` overrides.
+
+    Leaves the validated, frozen `Experiment` in `experiment()`.
+    """
+    known = flags.FlagValues()
+    flags.DEFINE_string("config", None, "", flag_values=known)
+    rest = known(list(argv), known_only=True)
+    name = known.config
+    if name is None:
+        flags.DEFINE_string("config", None, _CONFIG_HELP)
+        _parse(rest)  # shows --help, or names an unknown flag
+        raise ValueError(f"--config is required: one of {available_configs()} or a .py file")
+    values = ConfigDict(_plain(load_config(name)))
+    config_flags.DEFINE_config_dict("config", values, _CONFIG_HELP, sys_argv=rest)
+    _check_fields(rest, values)
+    left = _parse(rest)
+    _PARSED.append(from_dict(Experiment, flags.FLAGS.config.to_dict()))
+    return left
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """Parse all flags; `--help` shows those of the program and exits 0."""
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        print((sys.modules["__main__"].__doc__ or "").strip())
+        print(flags.FLAGS.main_module_help())
+        print(flags.FLAGS.module_help(__name__))
+        sys.exit(0)
+    return flags.FLAGS(list(argv))
+
+
+_CONFIG_HELP = (
+    f"Experiment: one of {', '.join(available_configs())}, or a path to a .py file with "
+    "get_config(). Fields are overridden like --config.ppo.learning_rate=3e-6."
+)
+_PARSED: list[Experiment] = []
+
+
+def experiment() -> Experiment:
+    """Config of this program, with its overrides."""
+    return _PARSED[-1]
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def _check_fields(argv: Sequence[str], values: ConfigDict) -> None:
+    """Name the nearest fields to one that does not exist."""
+    fields = _paths(values.to_dict())
+    for argument in argv:
+        name, _, _ = argument.lstrip("-").partition("=")
+        path = name.removeprefix("config.")
+        if name == path or path in fields or path.removeprefix("no") in fields:
+            continue
+        near = difflib.get_close_matches(path, fields, n=3, cutoff=0.5)
+        near = near or [f for f in fields if f.rsplit(".")[-1] == path.rsplit(".")[-1]]
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise ValueError(f"--config.{path}: no such field{hint}")
+
+
+def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _paths(value, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def read_input(path: Path, strings: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a user's JSONL file, each with the named fields as strings.
+
+    Raises:
+        ValueError: the file is missing or empty, or `file:line` lacks a field.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected JSONL")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    rows = records.parse_lines(text.splitlines(), path, strings)
+    if not rows:
+        raise ValueError(f"{path}: no rows; expected JSONL")
+    return rows
+
+
+def workdir_flags() -> tuple[flags.FlagHolder[str | None], flags.FlagHolder[bool]]:
+    """`--workdir` and `--force_config`."""
+    workdir = flags.DEFINE_string("workdir", None, "Directory of the run; made when missing.")
+    force = flags.DEFINE_bool(
+        "force_config", False, "Go on in a workdir that was made with another config."
+    )
+    return workdir, force
+
+
+def require(holder: flags.FlagHolder[str | None]) -> str:
+    """Value of a flag that must be given.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not holder.value:
+        raise ValueError(f"--{holder.name} is required; see --help")
+    return holder.value
+
+
+def start(main: Callable[[], None], *, with_config: bool = False) -> None:
+    """Run a program: parse flags, set up JAX, call `main`, turn faults into one line.
+
+    Exit status: 0 done; 2 bad input, or a file that cannot be read or written; 130 Ctrl-C.
+    """
+    parse = parse_with_config if with_config else _parse
+    try:
+        left = parse(sys.argv)
+        if len(left) > 1:
+            raise ValueError(f"unexpected argument {left[1]!r}; flags look like --name=value")
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.WARNING)
+        _set_up_jax()
+        main()
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, flags.Error, TypeError, KeyError) as error:
+        if not _is_for_user(error):
+            raise
+        text = " ".join(str(error).split())
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_for_user(error: BaseException) -> bool:
+    """Faults of input: flags, files, and ValueErrors that this project itself raises.
+
+    A ValueError out of a library is a defect of ours, and keeps its traceback.
+    """
+    if isinstance(error, OSError | flags.Error):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    root = str(Path(__file__).resolve().parents[1])
+    inside = str(Path(frames[-1].filename).resolve()).startswith(root)
+    return isinstance(error, ValueError) and inside
+
+
+def _set_up_jax() -> None:
+    """Keep compiled programs between runs, unless the user has chosen a place."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,1 @@
+"""Flax ports of decoders, their parts, and conversion; they know nothing of the pipeline."""

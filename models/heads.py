@@ -1,0 +1,24 @@
+"""Heads on top of the decoder's final hidden states."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from refine_af.models.transformer import Params
+
+
+def init_value_head(embed_dim: int) -> Params:
+    """Linear map to one value, zero at the start so that the first advantages are the returns."""
+    return {"kernel": jnp.zeros((embed_dim,), jnp.float32), "bias": jnp.zeros((), jnp.float32)}
+
+
+def value(head: Params, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
+    """Value of each position, float32."""
+    product = jnp.einsum(
+        "...d,d->...",
+        hidden,
+        head["kernel"].astype(hidden.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return product + head["bias"]

@@ -1,0 +1,103 @@
+"""The base model on the mesh: its sharded parameters, adapters for it, and its sampling layout."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jaxtyping import Array
+from transformers import PreTrainedTokenizerBase
+
+from refine_af import config as config_lib
+from refine_af import mesh as mesh_lib
+from refine_af.models import lora, sources, transformer
+from refine_af.models.config import LoraConfig, ModelConfig
+from refine_af.models.transformer import Definition, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseModel:
+    """Frozen weights of stacked layout, sharded, with all that is needed to use them."""
+
+    config: ModelConfig
+    definition: Definition
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    mesh: jax.sharding.Mesh
+
+    def adapted(self, options: config_lib.Lora) -> Definition:
+        """Definition of this model with adapters."""
+        return transformer.define(self.config, lora_config(options))
+
+    def new_adapter(self, options: config_lib.Lora, key: Array) -> Params:
+        """Fresh adapter, float32: it changes nothing until it is trained."""
+        config = lora_config(options)
+        shardings = mesh_lib.param_shardings(self.config, config, self.mesh)[1]
+
+        def draw(key: Array) -> Params:
+            return transformer.init(self.config, config, key=key)[1]
+
+        return jax.jit(draw, out_shardings=shardings)(key)
+
+    def replicate(self, tree: Any) -> Any:
+        """Copy of small arrays on every device."""
+        return jax.device_put(tree, mesh_lib.replicated(self.mesh))
+
+    def place_state(self, state: Any) -> Any:
+        """State whose scalars, too, live on the whole mesh."""
+
+        def place(x: Array) -> Array:
+            return x if x.ndim else self.replicate(x)
+
+        return jax.tree.map(place, state)
+
+    def for_sampling(self, adapter: Params | None, options: config_lib.Lora) -> Params:
+        """Unstacked parameters with the adapter merged; the base is left untouched."""
+        shardings = mesh_lib.param_shardings(self.config, None, self.mesh, stacked=False)[0]
+        config = lora_config(options) if adapter is not None else None
+        return _relay(self.params, adapter, config, _Frozen(shardings))
+
+
+class _Frozen:
+    """A tree of shardings as a static argument: hashed by content."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+        leaves, structure = jax.tree.flatten(tree)
+        self._key = (tuple(leaves), structure)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Frozen) and self._key == other._key
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _relay(
+    base: Params, adapter: Params | None, config: LoraConfig | None, shardings: _Frozen
+) -> Params:
+    merged = base if adapter is None or config is None else lora.merge(base, adapter, config)
+    layers = transformer.unstack_layers(merged)
+    return jax.lax.with_sharding_constraint(layers, shardings.tree)
+
+
+def lora_config(options: config_lib.Lora) -> LoraConfig:
+    """Adapter shape of a run's options."""
+    return LoraConfig(rank=options.rank, alpha=options.alpha, pattern=options.pattern)
+
+
+def load(options: config_lib.Model, mesh_options: config_lib.Mesh) -> BaseModel:
+    """Load the base model and lay it out on the mesh."""
+    mesh = mesh_lib.make_mesh(mesh_options)
+    model = sources.load(options.source, dtype=options.dtype, param_dtype=options.param_dtype)
+    shardings = mesh_lib.param_shardings(model.config, None, mesh)[0]
+    return BaseModel(
+        config=model.config,
+        definition=transformer.define(model.config),
+        params=jax.device_put(model.params, shardings),
+        tokenizer=model.tokenizer,
+        eos_ids=model.eos_ids,
+        mesh=mesh,
+    )

@@ -1,0 +1,279 @@
+"""Configuration of a run: frozen dataclasses, validated when they are made.
+
+Experiments are files in `configs/` whose `get_config()` returns an `Experiment`. Values marked
+[U] are defaults of this project where the paper (arXiv 2505.06548) does not say its own.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import typing
+from typing import Any
+
+DTYPES = ("float32", "bfloat16")
+PROMPT_FORMATS = ("raw", "chat")  # as it is; as the user's turn of a chat
+SFT_FORMATS = ("alpaca", "chat")
+
+
+def require(condition: bool, what: str) -> None:
+    """Raise ValueError with `what` unless `condition` holds."""
+    if not condition:
+        raise ValueError(what)
+
+
+def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is in `allowed`; names the nearest."""
+    near = difflib.get_close_matches(value, allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    require(value in allowed, f"{name}={value!r}: expected one of {allowed}{hint}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """The base model; `source` is anything that `--model` takes."""
+
+    source: str
+    dtype: str  # of activations, one of DTYPES
+    param_dtype: str  # of the frozen base weights, one of DTYPES
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require_one_of("model.dtype", self.dtype, DTYPES)
+        require_one_of("model.param_dtype", self.param_dtype, DTYPES)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters; see `models.config.LoraConfig`."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    pattern: str = "q|k|v|o|gate|up|down"
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require(self.rank > 0, f"lora.rank={self.rank}: expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How text is drawn; temperature 0 is greedy."""
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+    presence_penalty: float = 0.0  # subtracted from the logit of every token already generated
+    max_new_tokens: int
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require(self.temperature >= 0, f"temperature={self.temperature}: expected >= 0")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p}: expected in (0, 1]")
+        require(self.top_k >= 0, f"top_k={self.top_k}: expected >= 0")
+        require(
+            self.max_new_tokens > 0, f"max_new_tokens={self.max_new_tokens}: expected at least 1"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instructions:
+    """Stage 1, Self-Instruct (arXiv 2212.10560)."""
+
+    num_instructions: int  # accepted ones to stop at
+    max_batches: int  # give up after so many batches of prompts
+    batch_size: int  # prompts a batch
+    num_seed_demos: int = 6
+    num_generated_demos: int = 2
+    classification_share: float = 0.25  # of the prompts that ask for classification tasks [U]
+    max_similarity: float = 0.7  # ROUGE-L F with the pool; exactly this much is kept
+    sampling: Sampling
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require(self.num_instructions > 0, "instructions.num_instructions: expected at least 1")
+        require(
+            0 <= self.classification_share <= 1,
+            f"instructions.classification_share={self.classification_share}: expected in [0, 1]",
+        )
+        require(
+            0 < self.max_similarity <= 1,
+            f"instructions.max_similarity={self.max_similarity}: expected in (0, 1]",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """The instance-writing prompt of stages 2 and 3."""
+
+    format: str  # one of PROMPT_FORMATS
+    num_demos: int  # seed tasks shown before the instruction
+    max_demo_chars: int  # only demos up to this length are shown
+    accept_unmarked_output: bool  # text without "Output:" counts as the output of an empty input
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require_one_of("prompts.format", self.format, PROMPT_FORMATS)
+        require(self.num_demos >= 0, f"prompts.num_demos={self.num_demos}: expected >= 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward:
+    """r = rew*Rew + und*Und + nat*Nat + coh*Coh + bias (InstructMining, arXiv 2307.06290)."""
+
+    rew: float = 0.0078
+    und: float = -0.4421
+    nat: float = 0.3212
+    coh: float = 0.1520
+    bias: float = -0.0274
+    unparsable: float = -1.0  # reward of an answer without a usable output [U]
+    missing_end_penalty: float = 0.5  # subtracted when the answer was cut by length [U]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ppo:
+    """Stage 2, proximal policy optimisation (arXiv 1707.06347) on a shared LoRA trunk."""
+
+    num_steps: int  # rollouts
+    batch_size: int  # answers a rollout
+    num_epochs: int
+    num_minibatches: int  # optimizer steps an epoch
+    num_microbatches: int  # a minibatch is cut into so many to save memory; changes no number
+    learning_rate: float
+    warmup_steps: int  # optimizer steps of linear warm-up; linear decay to 0 afterwards
+    max_grad_norm: float = 1.0
+    adam_eps: float = 1e-5
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_eps: float = 0.2
+    value_clip_eps: float = 0.2
+    value_coef: float = 0.1
+    entropy_coef: float = 0.0
+    kl_coef: float = 0.1  # at the start
+    kl_target: float = 6.0  # summed over an answer, nats; of the adaptive controller
+    kl_horizon: int = 10_000  # answers
+    whiten_advantages: bool = True
+    checkpoint_every: int  # steps
+    keep_checkpoints: int = 2
+    lora: Lora
+    sampling: Sampling
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require(self.num_steps > 0, f"ppo.num_steps={self.num_steps}: expected at least 1")
+        require(self.num_epochs > 0, f"ppo.num_epochs={self.num_epochs}: expected at least 1")
+        pieces = self.num_minibatches * self.num_microbatches
+        require(
+            pieces > 0 and self.batch_size % pieces == 0,
+            f"ppo.batch_size={self.batch_size}: must be a multiple of num_minibatches*"
+            f"num_microbatches={pieces}",
+        )
+        require(self.learning_rate > 0, f"ppo.learning_rate={self.learning_rate}: expected > 0")
+        require(0 <= self.gamma <= 1, f"ppo.gamma={self.gamma}: expected in [0, 1]")
+        require(0 <= self.gae_lambda <= 1, f"ppo.gae_lambda={self.gae_lambda}: expected in [0, 1]")
+        require(self.checkpoint_every > 0, "ppo.checkpoint_every: expected at least 1")
+        require(self.sampling.temperature > 0, "ppo.sampling.temperature: PPO must sample, use > 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Instances:
+    """Stage 3: the tuned model writes the pairs."""
+
+    batch_size: int
+    answers_per_instruction: int  # samples drawn for each
+    max_per_instruction: int = 5  # kept for each
+    sampling: Sampling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft:
+    """Fine-tuning of the base model on the data set, loss on the response only."""
+
+    format: str  # one of SFT_FORMATS
+    num_epochs: int
+    batch_size: int
+    num_microbatches: int
+    learning_rate: float
+    warmup_share: float = 0.03  # of all steps; cosine decay to 0 afterwards (Alpaca)
+    max_grad_norm: float = 1.0
+    max_length: int  # tokens; longer examples are left out
+    eval_share: float = 0.1  # of the examples, held out for the loss
+    checkpoint_every: int  # steps
+    lora: Lora
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require_one_of("sft.format", self.format, SFT_FORMATS)
+        require(
+            self.num_microbatches > 0 and self.batch_size % self.num_microbatches == 0,
+            f"sft.batch_size={self.batch_size}: must be a multiple of num_microbatches="
+            f"{self.num_microbatches}",
+        )
+        require(0 <= self.eval_share < 1, f"sft.eval_share={self.eval_share}: expected in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Super-NaturalInstructions scores, as in Tk-Instruct (arXiv 2204.07705)."""
+
+    tasks: str = ""  # directory of task files; empty: the bundled ones
+    split: str = ""  # file with a task name a line; empty: all tasks in the directory
+    num_examples: int  # demonstrations in the prompt
+    max_instances: int = 100  # of each task
+    max_source_tokens: int = 1024
+    format: str  # one of PROMPT_FORMATS
+    batch_size: int
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require_one_of("evaluation.format", self.format, PROMPT_FORMATS)
+        require(
+            self.num_examples >= 0, f"evaluation.num_examples={self.num_examples}: expected >= 0"
+        )
+        require(self.max_instances > 0, "evaluation.max_instances: expected at least 1")
+        require(self.batch_size > 0, "evaluation.batch_size: expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """Devices along each axis; the product must be the number of devices (-1: the rest)."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A whole run."""
+
+    seed: int
+    seed_tasks: str = ""  # JSONL file; empty: the bundled 175
+    model: Model
+    mesh: Mesh
+    instructions: Instructions
+    prompts: Prompts
+    reward: Reward
+    ppo: Ppo
+    instances: Instances
+    sft: Sft
+    evaluation: Evaluation
+
+
+def config_hash(config: Experiment) -> str:
+    """Sixteen hex digits that change with any field."""
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
+    """Rebuild a (nested) config dataclass, which validates it; lists become tuples."""
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        value = values[field.name]
+        if dataclasses.is_dataclass(field.type):
+            value = from_dict(typing.cast(type, field.type), value)
+        fields[field.name] = tuple(value) if isinstance(value, list | tuple) else value
+    return cls(**fields)

@@ -1,0 +1,118 @@
+"""Evaluate models on Super-NaturalInstructions tasks: greedy answers, scores, a file of each."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from refine_af import config as config_lib
+from refine_af import records, superni, tokens
+from refine_af.config import Sampling
+from refine_af.engine import Engine, Request
+from refine_af.models.transformer import Params
+from refine_af.progress import bar
+from refine_af.seeds import EVALUATION_DIR
+from refine_af.superni import Task
+
+PREDICTIONS = "predictions.jsonl"
+SCORES = "evaluation.json"
+
+
+def load_tasks(options: config_lib.Evaluation) -> list[Task]:
+    """Tasks that the options name; the bundled ones by default."""
+    directory = Path(options.tasks) if options.tasks else EVALUATION_DIR
+    split = Path(options.split) if options.split else None
+    return superni.load_tasks(directory, split, options.max_instances)
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """One instance with its prompt."""
+
+    task: str
+    id: str
+    prompt_ids: tuple[int, ...]
+
+
+def questions(
+    tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, options: config_lib.Evaluation
+) -> list[Question]:
+    """All instances, shortest prompt first, so that batches pad little."""
+
+    def encode(text: str, fmt: str) -> list[int]:
+        return tokens.encode_prompt(tokenizer, text, fmt)
+
+    found = []
+    for task in tasks:
+        for instance in task.instances:
+            prompt = superni.build_prompt(
+                task,
+                instance,
+                options.num_examples,
+                lambda text: len(encode(text, "raw")),
+                options.max_source_tokens,
+            )
+            # Without the blank after "Output:", the model's first token brings its own.
+            ids = encode(prompt.rstrip(), options.format)
+            found.append(Question(task.name, instance.id, tuple(ids)))
+    return sorted(found, key=lambda q: (len(q.prompt_ids), q.task, q.id))
+
+
+def predict(
+    engine: Engine,
+    params: Params,
+    asked: Sequence[Question],
+    options: config_lib.Evaluation,
+    path: Path,
+    arm: str,
+) -> None:
+    """Append the answers of one arm that are not in `path` yet, a batch at a time."""
+    size = options.batch_size
+    rows = records.read_rows(path)
+    records.keep_rows(path, rows)
+    known = {(row["task"], row["id"]) for row in rows if row["arm"] == arm}
+    # A chat model ends its turn; a plain one goes on with the next example after a blank line.
+    stop = ("\n\n",) if options.format == "raw" else ()
+    sampling = Sampling(temperature=0.0, max_new_tokens=options.max_new_tokens, stop=stop)
+    with bar(f"evaluate {arm}", total=len(asked), unit="answer") as progress:
+        for first in range(0, len(asked), size):
+            batch = asked[first : first + size]
+            missing = [q for q in batch if (q.task, q.id) not in known]
+            if missing:
+                # The whole batch is asked again, so that its numerics are those of one go.
+                answers = engine.generate(
+                    params,
+                    [Request(q.prompt_ids, sampling) for q in batch],
+                    progress.count_tokens,
+                )
+                texts = dict(zip(batch, answers, strict=True))
+                records.append_rows(
+                    path,
+                    [
+                        {
+                            "arm": arm,
+                            "task": q.task,
+                            "id": q.id,
+                            "prediction": texts[q].text.strip(),
+                        }
+                        for q in missing
+                    ],
+                )
+            progress.update(len(batch))
+
+
+def write_scores(tasks: Sequence[Task], predictions: Path, target: Path) -> dict[str, Any]:
+    """Score every arm of a predictions file and write `{"arms": {name: scores}}`."""
+    arms: dict[str, dict[str, str]] = {}
+    for row in records.read_rows(predictions):
+        arms.setdefault(row["arm"], {})[row["id"]] = row["prediction"]
+    result: dict[str, Any] = {
+        "arms": {arm: superni.score(tasks, found) for arm, found in arms.items()}
+    }
+    if {"base", "refine_af"} <= result["arms"].keys():
+        result["comparison"] = superni.compare(result["arms"]["base"], result["arms"]["refine_af"])
+    records.write_text(target, json.dumps(result, indent=1) + "\n")
+    return result

@@ -1,0 +1,101 @@
+"""The device mesh and the one table that maps the models' logical axes to mesh axes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from refine_af import config as config_lib
+from refine_af.models import transformer
+from refine_af.models.config import LoraConfig, ModelConfig
+
+Axes = tuple[str, ...]
+
+BATCH_AXES = ("data", "fsdp")
+# Logical axis -> mesh axis. Every axis that a model names stands here exactly once.
+RULES: dict[str, str | None] = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "hidden": "tensor",
+    "layers": None,
+    "norm": None,
+    "rank": None,
+}
+
+
+def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.sharding.Mesh:
+    """Mesh with axes data, fsdp, tensor over all devices.
+
+    Raises:
+        ValueError: the axis sizes do not multiply to the number of devices.
+    """
+    devices = devices if devices is not None else jax.devices()
+    sizes = [config.data, config.fsdp, config.tensor]
+    named = f"data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}"
+    if sizes.count(-1) == 1 and all(size > 0 or size == -1 for size in sizes):
+        known = int(np.prod([size for size in sizes if size != -1]))
+        sizes[sizes.index(-1)] = len(devices) // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
+        raise ValueError(
+            f"mesh {named}: the product must be the number of devices, {len(devices)}; "
+            "give one axis as -1 to take the rest"
+        )
+    auto = (AxisType.Auto,) * 3
+    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), auto, devices=devices)
+
+
+def spec(axes: Axes, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
+    """Partition of an array with logical `axes`.
+
+    An axis that its mesh axis does not divide stays whole (3 kv heads on 2 devices, say).
+
+    Raises:
+        ValueError: an axis has no rule, or two axes claim one mesh axis.
+    """
+    unknown = [axis for axis in axes if axis not in RULES]
+    if unknown:
+        raise ValueError(f"logical axes {unknown} of {axes} have no sharding rule")
+    claimed = [RULES[axis] for axis in axes if RULES[axis] is not None]
+    if len(set(claimed)) != len(claimed):
+        raise ValueError(f"logical axes {axes} map to the same mesh axis twice: {claimed}")
+    names = []
+    for axis, size in zip(axes, shape, strict=True):
+        name = RULES[axis]
+        names.append(name if name is not None and size % mesh.shape[name] == 0 else None)
+    return PartitionSpec(*names)
+
+
+def param_shardings(
+    model: ModelConfig, lora: LoraConfig | None, mesh: jax.sharding.Mesh, *, stacked: bool = True
+) -> tuple[Any, Any]:
+    """(base, adapter) trees of shardings."""
+
+    def sharding(leaf: tuple[jax.ShapeDtypeStruct, Axes]) -> NamedSharding:
+        shape, axes = leaf
+        return NamedSharding(mesh, spec(axes, shape.shape, mesh))
+
+    trees = transformer.logical_axes(model, lora, stacked=stacked)
+    return tuple(
+        jax.tree.map(sharding, tree, is_leaf=lambda x: isinstance(x, tuple)) for tree in trees
+    )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Put host arrays on the mesh, split along their first axis where that divides."""
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+    def put(x: Any) -> jax.Array:
+        divides = np.ndim(x) > 0 and np.shape(x)[0] % parts == 0
+        return jax.device_put(
+            x, NamedSharding(mesh, PartitionSpec(BATCH_AXES) if divides else PartitionSpec())
+        )
+
+    return jax.tree.map(put, tree)

@@ -1,0 +1,180 @@
+"""The stages in their order, each of which takes up what the workdir holds."""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from refine_af import (
+    base_model,
+    dataset,
+    evaluation,
+    finetuning,
+    instances,
+    instructions,
+    records,
+    rlaf,
+    seeds,
+)
+from refine_af.base_model import BaseModel
+from refine_af.config import Experiment, config_hash
+from refine_af.engine import Engine
+from refine_af.evaluation import PREDICTIONS, SCORES
+from refine_af.finetuning import FinetuningStage
+from refine_af.instances import InstanceStage
+from refine_af.instructions import InstructionStage
+from refine_af.report import write_report
+from refine_af.rewards import BaseModelJudge
+from refine_af.rlaf import RlafStage
+from refine_af.seeds import SeedTask
+
+CONFIG = "config.json"
+TIMINGS = "timings.json"
+
+
+def claim(config: Experiment, workdir: Path, *, force: bool) -> None:
+    """Write the resolved config into the workdir, or check that it is the one there.
+
+    Raises:
+        ValueError: the workdir belongs to a run with another config, and `force` is not set.
+    """
+    path = workdir / CONFIG
+    mine = config_hash(config)
+    if path.exists() and not force:
+        theirs = json.loads(path.read_text()).get("hash")
+        if theirs != mine:
+            raise ValueError(
+                f"{path}: this workdir was made with config {theirs}, not {mine}; take another "
+                "--workdir, or --force_config to go on with the new one"
+            )
+        return
+    content = {"config": dataclasses.asdict(config), "hash": mine}
+    records.write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A config at work in a directory; what stages share is loaded once, when first needed."""
+
+    config: Experiment
+    workdir: Path
+
+    @functools.cached_property
+    def seeds(self) -> list[SeedTask]:
+        """Seed tasks of the run."""
+        return seeds.load(self.config.seed_tasks or None)
+
+    @functools.cached_property
+    def base(self) -> BaseModel:
+        """Base model on the mesh."""
+        return base_model.load(self.config.model, self.config.mesh)
+
+    def engine(self, batch_size: int) -> Engine:
+        """Sampler for the base model's shape."""
+        base = self.base
+        return Engine(base.config, base.tokenizer, base.mesh, base.eos_ids, batch_size)
+
+    def oracle(self) -> BaseModelJudge:
+        """Reward oracle of the run."""
+        base = self.base
+        return BaseModelJudge(
+            base.definition, base.params, base.tokenizer, base.mesh, self.config.ppo.batch_size
+        )
+
+    def accepted(self, name: str, made_by: str) -> list[records.Row]:
+        """Rows of an earlier stage.
+
+        Raises:
+            ValueError: that stage has written none.
+        """
+        rows = records.read_rows(self.workdir / name)
+        if not rows:
+            raise ValueError(f"{self.workdir / name}: no rows; run {made_by} first")
+        return rows
+
+
+def generate_instructions(run: Run) -> None:
+    """Stage 1."""
+    stage = InstructionStage(run.config, run.seeds, run.workdir)
+    if not stage.complete:
+        engine = run.engine(run.config.instructions.batch_size)
+        stage.run(engine, run.base.for_sampling(None, run.config.ppo.lora))
+
+
+def train_ppo(run: Run) -> None:
+    """Stage 2."""
+    rows = run.accepted(instructions.ACCEPTED, "generate_instructions")
+    if rlaf.steps_done(run.workdir) < run.config.ppo.num_steps:
+        texts = [row["instruction"] for row in rows]
+        RlafStage(run.config, run.base, run.oracle(), run.seeds, texts, run.workdir).run()
+
+
+def generate_instances(run: Run) -> None:
+    """Stage 3, and the data set."""
+    if (run.workdir / "dataset/README.md").exists():
+        return
+    rows = run.accepted(instructions.ACCEPTED, "generate_instructions")
+    adapter = rlaf.tuned_adapter(run.config, run.base, run.workdir)
+    params = run.base.for_sampling(adapter, run.config.ppo.lora)
+    InstanceStage(run.config, run.base, run.seeds, rows, run.workdir).run(params)
+    dataset.write_dataset(
+        run.config,
+        records.read_rows(run.workdir / instances.ACCEPTED),
+        records.read_rows(run.workdir / instances.REJECTED),
+        run.workdir / "dataset",
+    )
+
+
+def finetune(run: Run) -> None:
+    """Fine-tuning of the base model on the accepted instances."""
+    rows = run.accepted(instances.ACCEPTED, "generate_instances")
+    if not finetuning.finished(run.workdir):
+        FinetuningStage(run.config, run.base, rows, run.workdir).run()
+
+
+def evaluate(run: Run) -> None:
+    """Scores of the base model and of the fine-tuned one."""
+    options = run.config.evaluation
+    tasks = evaluation.load_tasks(options)
+    if (run.workdir / SCORES).exists():
+        return
+    adapters = {
+        "base": None,
+        "refine_af": finetuning.tuned_adapter(run.config, run.base, run.workdir),
+    }
+    engine = run.engine(options.batch_size)
+    asked = evaluation.questions(tasks, run.base.tokenizer, options)
+    predictions = run.workdir / PREDICTIONS
+    for arm, adapter in adapters.items():
+        params = run.base.for_sampling(adapter, run.config.sft.lora)
+        evaluation.predict(engine, params, asked, options, predictions, arm)
+    evaluation.write_scores(tasks, predictions, run.workdir / SCORES)
+
+
+def report(run: Run) -> None:
+    """`report.html` from whatever stages have run."""
+    print(f"report: {write_report(run.workdir)}")
+
+
+STAGES: dict[str, Callable[[Run], None]] = {
+    "generate_instructions": generate_instructions,
+    "train_ppo": train_ppo,
+    "generate_instances": generate_instances,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "report": report,
+}
+
+
+def run_stage(run: Run, name: str) -> None:
+    """Run one stage and add its wall time to the workdir's timings."""
+    began = time.monotonic()
+    try:
+        STAGES[name](run)
+    finally:
+        path = run.workdir / TIMINGS
+        timings = json.loads(path.read_text()) if path.exists() else {}
+        timings[name] = round(timings.get(name, 0.0) + time.monotonic() - began, 2)
+        records.write_text(path, json.dumps(timings, indent=1) + "\n")

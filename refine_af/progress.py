@@ -1,0 +1,27 @@
+"""Progress bars with rate, tokens per second and time left."""
+
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+
+class bar(tqdm):
+    """A tqdm bar (standard error) that also shows tokens per second."""
+
+    def __init__(self, description: str, *, total: int, unit: str) -> None:
+        """Show `description` and count to `total` in `unit`."""
+        super().__init__(desc=description, total=total, unit=f" {unit}", dynamic_ncols=True)
+        self._tokens = 0
+        self._began = time.monotonic()
+
+    def count_tokens(self, new: int) -> None:
+        """Add to the tokens behind the rate that is shown."""
+        self._tokens += new
+        rate = self._tokens / max(time.monotonic() - self._began, 1e-9)
+        self.show(tokens_per_second=f"{rate:.0f}")
+
+    def show(self, **values: Any) -> None:
+        """Show values after the bar."""
+        self.set_postfix(values, refresh=False)
+        self.update(0)  # redraws, but no more often than tqdm finds useful

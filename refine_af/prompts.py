@@ -1,0 +1,53 @@
+"""Stages 2 and 3 ask the same question: write an input and an output for an instruction."""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from refine_af import config as config_lib
+from refine_af.seeds import SeedTask
+
+HEADER = "Come up with an example for each task: an input, which may be empty, and the output.\n\n"
+_OUTPUT = re.compile(r"\n\s*Output:")
+
+
+def demos(seeds: Sequence[SeedTask], options: config_lib.Prompts) -> list[SeedTask]:
+    """Seed tasks short enough to be shown."""
+
+    def size(seed: SeedTask) -> int:
+        first = seed.instances[0]
+        return len(seed.instruction) + len(first.input) + len(first.output)
+
+    short = [s for s in seeds if size(s) <= options.max_demo_chars]
+    if len(short) < options.num_demos:
+        raise ValueError(
+            f"prompts.max_demo_chars={options.max_demo_chars}: only {len(short)} seed tasks are "
+            f"that short, prompts.num_demos={options.num_demos} are needed"
+        )
+    return short
+
+
+def instance_prompt(
+    instruction: str, shown: Sequence[SeedTask], count: int, rng: np.random.Generator
+) -> str:
+    """Few-shot prompt that ends where the answer's input is to be written."""
+    picked = [shown[i] for i in rng.choice(len(shown), size=count, replace=False)]
+    parts = [
+        f"Task: {seed.instruction}\nInput: {seed.instances[0].input}\n"
+        f"Output: {seed.instances[0].output}\n\n"
+        for seed in picked
+    ]
+    return HEADER + "".join(parts) + f"Task: {instruction}\nInput:"
+
+
+def parse_instance(completion: str, *, accept_unmarked: bool) -> tuple[str, str] | None:
+    """(input, output) of an answer, stripped; None when it has no `Output:`.
+
+    Args:
+        accept_unmarked: take a text without `Output:` as the output of an empty input.
+    """
+    parts = _OUTPUT.split("\n" + completion, maxsplit=1)
+    if len(parts) == 2:
+        return parts[0].strip(), parts[1].strip()
+    return ("", completion.strip()) if accept_unmarked else None

@@ -1,0 +1,102 @@
+"""JSONL files that survive kill -9: whole lines, appended and flushed; torn ends are cut.
+
+Stages work in batches, and a batch is a pure function of what came before it. So a row carries
+the number of its batch, and resuming drops the rows of the newest batch on disk (it may be
+incomplete) and makes that batch again, with the same result.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows; [] when there is no file. A last line without its newline is ignored.
+
+    Raises:
+        ValueError: `file:line` of a complete line that is not a JSON object.
+    """
+    if not path.exists():
+        return []
+    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return parse_lines(lines, path)
+
+
+def parse_lines(lines: Iterable[str], path: Path, strings: Sequence[str] = ()) -> list[Row]:
+    """Rows of the lines of a file, which is named in errors; blank lines are skipped.
+
+    Args:
+        strings: fields that every row must have as a string.
+
+    Raises:
+        ValueError: `file:line` is not a JSON object, or lacks a field.
+    """
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: expected a JSON object")
+        for name in strings:
+            if not isinstance(row.get(name), str):
+                raise ValueError(f"{path}:{number}: {name!r} must be a string")
+        rows.append(row)
+    return rows
+
+
+def to_line(row: Row) -> str:
+    """One line of JSON with its newline."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Append rows in one write and force them to disk."""
+    data = "".join(map(to_line, rows)).encode()
+    if not data:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: readers see the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def keep_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Make `path` hold exactly `rows` (a prefix of what it holds), cutting a torn end too."""
+    text = "".join(map(to_line, rows))
+    if path.exists() and path.read_bytes() != text.encode():
+        write_text(path, text)
+
+
+def resume(paths: Sequence[Path], key: str = "batch") -> tuple[int, list[list[Row]]]:
+    """First batch that has to be made (again), and the rows of the ones before, by file."""
+    tables = [read_rows(path) for path in paths]
+    first = max((row[key] for rows in tables for row in rows), default=0)
+    return first, cut(paths, first, key)
+
+
+def cut(paths: Sequence[Path], first: int, key: str) -> list[list[Row]]:
+    """Drop from each file the rows from batch (or step) `first` on; returns what is kept."""
+    kept = [[row for row in read_rows(path) if row[key] < first] for path in paths]
+    for path, rows in zip(paths, kept, strict=True):
+        keep_rows(path, rows)
+    return kept

@@ -1,0 +1,352 @@
+"""The report of a run: `report.html`, one page that needs nothing but itself.
+
+It is built from whatever a workdir holds at the time; a stage without files is named as not run.
+The page has its figures and styles inline, runs no script and loads nothing. All text that a
+model wrote is escaped. Equal workdirs give equal bytes.
+"""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from refine_af import diversity, plots
+from refine_af.records import Row, read_rows, write_text
+
+Section = dict[str, Any]
+
+_TEMPLATE = "report.html.j2"
+_NUM_SAMPLES = 8
+_NUM_ROLLOUTS = 4  # shown of the first and of the last step
+_NUM_PREDICTIONS = 12
+_NONE, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+_MAX_TEXT = 1200  # characters of one shown text
+_MAX_EXAMPLE = 160  # characters of the example of a drop reason
+
+# Arms of an evaluation: before training first, the method itself last.
+_ARMS = {"base": "base model", "self_instruct": "Self-Instruct", "refine_af": "REFINE-AF"}
+
+_INSTRUCTION_REASONS = {
+    "too_short": "fewer words than an instruction needs",
+    "too_long": "more words than the limit",
+    "blacklisted_word": "asks for something that text cannot be, such as an image or a file",
+    "starts_with_write_a_program": "begins with “Write a program”",
+    "starts_with_punctuation": "the first character is punctuation",
+    "non_ascii_start": "the first character is not ASCII",
+    "similar": "too close to an instruction that the pool already has (ROUGE-L)",
+    "incomplete": "cut off by the token limit",
+    "over_quota": "written when there were enough already",
+}
+_INSTANCE_REASONS = {
+    "unparsable": "the answer does not have the form “Input: … Output: …”",
+    "empty_output": "nothing after “Output:”",
+    "input_equals_output": "the output repeats the input",
+    "ends_with_colon": "the input or the output breaks off at a colon",
+    "duplicate": "the same input and output were accepted before",
+    "conflicting_outputs": "one input with different outputs: all pairs of the instruction go",
+    "over_quota": "more pairs than one instruction may have",
+    "truncated": "cut off by the token limit",
+}
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes the workdir's `report.html`; an earlier one is replaced in a single step.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: there is no such directory.
+    """
+    if not workdir.is_dir():
+        raise ValueError(
+            f"no workdir at {workdir}: expected the directory of a run; check the path"
+        )
+    template = _environment().get_template(_TEMPLATE)
+    page = template.render(
+        instructions=_instructions(workdir),
+        ppo=_ppo(workdir),
+        instances=_instances(workdir),
+        finetuning=_finetuning(workdir),
+        evaluation=_evaluation(workdir),
+        timings=_timings(workdir),
+        config=_read_json(workdir / "config.json"),
+    )
+    path = workdir / "report.html"
+    write_text(path, page)
+    return path
+
+
+# The sections; None where a stage has left nothing.
+
+
+def _instructions(workdir: Path) -> Section | None:
+    accepted = read_rows(workdir / "instructions.jsonl")
+    rejected = read_rows(workdir / "rejected_instructions.jsonl")
+    if not accepted and not rejected:
+        return None
+    texts = [row["instruction"] for row in accepted]
+    words = [len(text.split()) for text in texts]
+    overlaps = [max(row["most_similar"].values(), default=0.0) for row in accepted]
+    counts = diversity.verb_object_counts(texts)
+    return {
+        "model": accepted[0]["model"] if accepted else None,
+        "num_accepted": len(accepted),
+        "num_written": len(accepted) + len(rejected),
+        "num_classification": sum(row["is_classification"] for row in accepted),
+        "median_words": _median(words),
+        "median_overlap": _median(overlaps),
+        "num_verbs": len({verb for verb, _ in counts}),
+        "num_pairs": len(counts),
+        "reasons": _reasons(rejected, "instruction", _INSTRUCTION_REASONS),
+        "samples": [{**row, "nearest": _nearest(row)} for row in _spread(accepted, _NUM_SAMPLES)],
+        "overlap": Markup(plots.overlap(overlaps)),
+        "lengths": Markup(plots.instruction_lengths(words)),
+        "verbs": Markup(plots.verbs(counts)),
+    }
+
+
+def _ppo(workdir: Path) -> Section | None:
+    rows = read_rows(workdir / "ppo" / "metrics.jsonl")
+    if not rows:
+        return None
+    window = max(1, min(10, len(rows) // 4))
+    return {
+        "num_steps": len(rows),
+        "window": window,
+        "first_reward": _mean(rows[:window], "reward/mean"),
+        "last_reward": _mean(rows[-window:], "reward/mean"),
+        "seconds": {
+            part: _median(_values(rows, f"time/{part}")) for part in ("sample", "score", "update")
+        },
+        "metrics": _extremes(rows),
+        "rollouts": _first_and_last(read_rows(workdir / "ppo" / "rollouts.jsonl")),
+        "reward": Markup(plots.reward(rows)),
+        "components": Markup(plots.reward_components(rows)),
+        "divergence": Markup(plots.divergence(rows)),
+        "answers": Markup(plots.answers(rows)),
+        "policy": Markup(plots.policy(rows)),
+        "critic": Markup(plots.critic(rows)),
+    }
+
+
+def _instances(workdir: Path) -> Section | None:
+    accepted = read_rows(workdir / "instances.jsonl")
+    rejected = read_rows(workdir / "rejected_instances.jsonl")
+    if not accepted and not rejected:
+        return None
+    return {
+        "num_accepted": len(accepted),
+        "num_written": len(accepted) + len(rejected),
+        "num_instructions": len({row["id"] for row in accepted}),
+        "num_with_input": sum(bool(row["input"]) for row in accepted),
+        "median_words": _median([len(row["output"].split()) for row in accepted]),
+        "reasons": _reasons(rejected, "completion", _INSTANCE_REASONS),
+        "samples": _spread(accepted, _NUM_SAMPLES),
+    }
+
+
+def _finetuning(workdir: Path) -> Section | None:
+    rows = read_rows(workdir / "sft" / "metrics.jsonl")
+    if not rows:
+        return None
+    return {
+        "num_steps": rows[-1]["step"],
+        "num_epochs": rows[-1]["epoch"],
+        "losses": _values(rows, "loss"),
+        "held_out": _values(rows, "eval_loss"),
+        "loss": Markup(plots.finetuning_loss(rows)),
+    }
+
+
+def _evaluation(workdir: Path) -> Section | None:
+    scores = _read_json(workdir / "evaluation.json").get("arms", {})
+    if not scores:
+        return None
+    known = list(_ARMS)
+    arms = sorted(scores, key=lambda arm: known.index(arm) if arm in known else 1)
+    rouge = {
+        arm: {task: row["rougeL"] for task, row in scores[arm]["tasks"].items()} for arm in arms
+    }
+    return {
+        "arms": {arm: _ARMS.get(arm, arm) for arm in arms},
+        "scores": scores,
+        "first": arms[0],
+        "last": arms[-1],
+        "comparisons": {arm: _compare(rouge[arm], rouge[arms[-1]]) for arm in arms[:-1]},
+        "predictions": _predictions(read_rows(workdir / "predictions.jsonl")),
+        "figure": Markup(plots.evaluation({_ARMS.get(arm, arm): rouge[arm] for arm in arms})),
+    }
+
+
+def _timings(workdir: Path) -> Section | None:
+    seconds = _read_json(workdir / "timings.json")
+    if not seconds:
+        return None
+    names = {stage.replace("_", " "): time for stage, time in seconds.items()}
+    return {"total": sum(seconds.values()), "figure": Markup(plots.timings(names))}
+
+
+# Rows and numbers for the tables.
+
+
+def _spread(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most `count` rows, evenly spaced from the first to the last: a sample nobody picked."""
+    if len(rows) <= count:
+        return list(rows)
+    return [rows[i * (len(rows) - 1) // (count - 1)] for i in range(count)]
+
+
+def _nearest(row: Row) -> tuple[str, float] | None:
+    """The pool entry most similar to an accepted instruction, and the similarity."""
+    return max(row["most_similar"].items(), key=lambda item: item[1], default=None)
+
+
+def _reasons(rejected: Iterable[Row], text: str, meanings: Mapping[str, str]) -> list[Section]:
+    """The reasons for dropping, most frequent first, each with its meaning and first example."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rejected:
+        groups[row["reason"]].append(row)
+    return [
+        {
+            "name": reason.replace("_", " "),
+            "meaning": meanings.get(reason, ""),
+            "count": len(rows),
+            "example": _clip(rows[0][text], _MAX_EXAMPLE),
+        }
+        for reason, rows in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+
+
+def _first_and_last(rollouts: Iterable[Row]) -> list[tuple[int, list[Row]]]:
+    """Some rollouts of the first and of the last step that has any."""
+    steps: dict[int, list[Row]] = defaultdict(list)
+    for row in rollouts:
+        steps[row["step"]].append(row)
+    ends = sorted({min(steps), max(steps)}) if steps else []
+    return [(step, _spread(steps[step], _NUM_ROLLOUTS)) for step in ends]
+
+
+def _predictions(rows: Iterable[Row]) -> list[Section]:
+    """The predictions of all arms for the first instance of each of some tasks."""
+    first: dict[str, Section] = {}
+    for row in rows:
+        shown = first.setdefault(row["task"], {"task": row["task"], "id": row["id"], "arms": {}})
+        if row["id"] == shown["id"]:
+            shown["arms"][row["arm"]] = row["prediction"]
+    return [dict(row) for row in _spread(list(first.values()), _NUM_PREDICTIONS)]
+
+
+def _compare(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, int]:
+    """On how many of the common tasks the score is higher, lower and equal afterwards."""
+    gains = [after[task] - before[task] for task in before if task in after]
+    return {
+        "higher": sum(gain > 0 for gain in gains),
+        "lower": sum(gain < 0 for gain in gains),
+        "equal": sum(gain == 0 for gain in gains),
+    }
+
+
+def _extremes(rows: Sequence[Row]) -> list[tuple[str, list[float]]]:
+    """First, last, smallest and largest value of every metric."""
+    names = sorted({name for row in rows for name in row} - {"step"})
+    columns = {name: _values(rows, name) for name in names}
+    return [(name, [v[0], v[-1], min(v), max(v)]) for name, v in columns.items() if v]
+
+
+def _values(rows: Iterable[Row], key: str) -> list[float]:
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return [value for value in values if math.isfinite(value)]
+
+
+def _mean(rows: Iterable[Row], key: str) -> float | None:
+    values = _values(rows, key)
+    return statistics.fmean(values) if values else None
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+def _read_json(path: Path) -> Any:
+    """Content of a JSON file, {} when there is none."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+# The template and how it writes numbers and text.
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "clip": _clip,
+        "count": lambda number: f"{number:,}",
+        "duration": _duration,
+        "settings": _settings,
+        "fixed": _fixed,
+        "share": _share,
+        "short": _short,
+    }
+    return environment
+
+
+def _clip(text: str, length: int = _MAX_TEXT) -> str:
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def _short(number: float | None, digits: int = 3) -> str:
+    """A number of so many significant digits, or of all that its integer part has."""
+    if number is None:
+        return _NONE
+    text = f"{number:,.0f}" if abs(number) >= 10**digits else f"{number:.{digits}g}"
+    return text.replace("-", _MINUS)
+
+
+def _fixed(number: float | None, decimals: int) -> str:
+    """A number with so many decimals."""
+    return _NONE if number is None else f"{number:.{decimals}f}".replace("-", _MINUS)
+
+
+def _share(part: float, whole: float) -> str:
+    """`part` of `whole` in percent."""
+    if not whole:
+        return _NONE
+    return "<1%" if 0 < part / whole < 0.005 else f"{part / whole:.0%}"
+
+
+def _duration(seconds: float) -> str:
+    """`42.0 s`, `3 min 20 s` or `2 h 05 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One line `path.to.field = value` for every leaf of a nested config."""
+    lines = []
+    for name, value in config.items():
+        if isinstance(value, Mapping) and value:
+            lines += _settings(value, f"{prefix}{name}.")
+        else:
+            lines.append(f"{prefix}{name} = {json.dumps(value, ensure_ascii=False)}")
+    return lines

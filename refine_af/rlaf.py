@@ -1,0 +1,253 @@
+"""Stage 2: reinforcement learning from automated feedback.
+
+One step: pick instructions -> sample answers with the adapter merged -> score them with the
+oracle -> read policy, critic and reference -> update. The base weights never change.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from refine_af import (
+    checkpoints,
+    policy_update,
+    prompts,
+    records,
+    rewards,
+    rollout,
+    tokens,
+    training,
+)
+from refine_af.base_model import BaseModel
+from refine_af.config import Experiment
+from refine_af.engine import Completion, Engine, Request
+from refine_af.mesh import shard_batch
+from refine_af.models import heads
+from refine_af.models.transformer import Params
+from refine_af.progress import bar
+from refine_af.randomness import Stage, generator, key_of, seed_of
+from refine_af.records import Row
+from refine_af.seeds import SeedTask
+from refine_af.training import TrainState
+
+CHECKPOINTS = "ppo/checkpoints"
+METRICS = "ppo/metrics.jsonl"
+ROLLOUTS = "ppo/rollouts.jsonl"
+_MAX_SKIPPED = 5  # optimizer steps with a gradient that is not finite
+
+
+@dataclasses.dataclass(frozen=True)
+class RlafStage:
+    """What stays the same over all PPO steps."""
+
+    config: Experiment
+    base: BaseModel
+    oracle: rewards.Oracle
+    seeds: Sequence[SeedTask]
+    instructions: Sequence[str]
+    workdir: Path
+
+    def run(self) -> None:
+        """Take all steps that are not done yet; state, metrics and answers go to the workdir."""
+        options = self.config.ppo
+        update = policy_update.make_update(self.base.adapted(options.lora), options)
+        batches = [self._requests(step) for step in range(options.num_steps)]
+        length = tokens.bucket(max(len(r.prompt_ids) for batch, _ in batches for r in batch))
+        with checkpoints.open_manager(
+            self.workdir / CHECKPOINTS, keep=options.keep_checkpoints
+        ) as manager:
+            first, state = checkpoints.restore_latest(manager, new_state(self.config, self.base))
+            paths = [self.workdir / METRICS, self.workdir / ROLLOUTS]
+            records.cut(paths, first, "step")
+            with (
+                SummaryWriter(str(self.workdir / "ppo"), purge_step=first) as writer,
+                bar("ppo", total=options.num_steps, unit="step") as progress,
+            ):
+                progress.update(first)
+                for step in range(first, options.num_steps):
+                    state, metrics, rows = self._step(step, state, update, batches[step], length)
+                    training.check_skipped(state, _MAX_SKIPPED, f"ppo step {step}")
+                    records.append_rows(paths[1], rows)
+                    records.append_rows(paths[0], [{"step": step, **metrics}])
+                    for name, value in metrics.items():
+                        writer.add_scalar(name, value, step)
+                    if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.num_steps:
+                        checkpoints.save(manager, step + 1, state)
+                    progress.update()
+                    progress.show(
+                        reward=f"{metrics['reward/mean']:.3f}",
+                        kl=f"{metrics['kl/k1']:.2f}",
+                        tokens_per_second=f"{metrics['time/tokens_per_second']:.0f}",
+                    )
+
+    def _requests(self, step: int) -> tuple[list[Request], list[str]]:
+        """The step's prompts and their instructions: passes over shuffled instructions."""
+        options = self.config.ppo
+        total = len(self.instructions)
+        shown = prompts.demos(self.seeds, self.config.prompts)
+        rng = generator(self.config.seed, Stage.PPO, step)
+        requests, chosen = [], []
+        for row in range(options.batch_size):
+            index = step * options.batch_size + row
+            order = generator(self.config.seed, Stage.PPO, 0, index // total).permutation(total)
+            instruction = self.instructions[order[index % total]]
+            text = prompts.instance_prompt(instruction, shown, self.config.prompts.num_demos, rng)
+            ids = tokens.encode_prompt(self.base.tokenizer, text, self.config.prompts.format)
+            seed = seed_of(self.config.seed, Stage.PPO, step, row)
+            requests.append(Request(tuple(ids), options.sampling, seed))
+            chosen.append(instruction)
+        return requests, chosen
+
+    def _step(
+        self,
+        step: int,
+        state: TrainState,
+        update: Any,
+        batch: tuple[list[Request], list[str]],
+        prompt_length: int,
+    ) -> tuple[TrainState, dict[str, float], list[Row]]:
+        options = self.config.ppo
+        requests, instructions = batch
+        began = time.monotonic()
+        completions = self._sample(state.params["adapter"], requests)
+        sampled = time.monotonic()
+        examples = self._parse(instructions, completions)
+        judgements = rewards.judge(
+            self.oracle,
+            examples,
+            [c.finish_reason == "stop" for c in completions],
+            self.config.reward,
+        )
+        scored = time.monotonic()
+        rows = rollout.build(
+            requests,
+            completions,
+            [j.reward for j in judgements],
+            prompt_length,
+            options.sampling.max_new_tokens,
+        )
+        rows = shard_batch(self.base.mesh, rows)
+        reading = rollout.jit_read(
+            self.base.adapted(options.lora),
+            self.base.definition,
+            self.base.params,
+            state.params,
+            rows,
+            options.sampling.temperature,
+            options.num_minibatches * options.num_microbatches,
+        )
+        key = key_of(self.config.seed, Stage.PPO, step)
+        state, metrics = update(self.base.params, state, rows, reading, key)
+        figures = {name: float(value) for name, value in metrics.items()}
+        done = time.monotonic()
+        figures |= _rollout_metrics(completions, judgements)
+        figures["drift/logprob_max"] = rollout.drift(completions, reading)
+        figures |= {
+            "time/sample": sampled - began,
+            "time/score": scored - sampled,
+            "time/update": done - scored,
+            "time/tokens_per_second": sum(len(c.token_ids) for c in completions) / (done - began),
+        }
+        return state, figures, _answer_rows(step, instructions, completions, examples, judgements)
+
+    def _sample(self, adapter: Params, requests: list[Request]) -> list[Completion]:
+        engine = Engine(
+            self.base.config,
+            self.base.tokenizer,
+            self.base.mesh,
+            self.base.eos_ids,
+            self.config.ppo.batch_size,
+        )
+        return engine.generate(self.base.for_sampling(adapter, self.config.ppo.lora), requests)
+
+    def _parse(
+        self, instructions: Sequence[str], completions: Sequence[Completion]
+    ) -> list[rewards.Example | None]:
+        examples: list[rewards.Example | None] = []
+        for instruction, completion in zip(instructions, completions, strict=True):
+            pair = prompts.parse_instance(
+                completion.text, accept_unmarked=self.config.prompts.accept_unmarked_output
+            )
+            usable = pair is not None and pair[1] != ""
+            examples.append(rewards.Example(instruction, *pair) if pair and usable else None)
+        return examples
+
+
+def new_state(config: Experiment, base: BaseModel) -> TrainState:
+    """State before the first step: a fresh adapter and a value head of zeros."""
+    adapter = base.new_adapter(config.ppo.lora, key_of(config.seed, Stage.PPO, 0))
+    head = base.replicate(heads.init_value_head(base.config.embed_dim))
+    optimizer = policy_update.optimizer(config.ppo)
+    params = {"adapter": adapter, "value_head": head}
+    return base.place_state(training.new_state(params, optimizer, config.ppo.kl_coef))
+
+
+def _rollout_metrics(
+    completions: Sequence[Completion], judgements: Sequence[rewards.Judgement]
+) -> dict[str, float]:
+    scores = np.asarray([j.reward for j in judgements])
+    lengths = np.asarray([len(c.token_ids) for c in completions])
+    readable = [j.components for j in judgements if j.components is not None]
+    means = {
+        f"reward/{name}": float(np.mean([c[name] for c in readable]))
+        for name in (readable[0] if readable else ())
+    }
+    return {
+        "reward/mean": float(scores.mean()),
+        "reward/std": float(scores.std()),
+        **means,
+        "reward/parsed_share": len(readable) / len(judgements),
+        "length/mean": float(lengths.mean()),
+        "length/eos_rate": float(np.mean([c.finish_reason == "stop" for c in completions])),
+    }
+
+
+def _answer_rows(
+    step: int,
+    instructions: Sequence[str],
+    completions: Sequence[Completion],
+    examples: Sequence[rewards.Example | None],
+    judgements: Sequence[rewards.Judgement],
+) -> list[Row]:
+    return [
+        {
+            "step": step,
+            "row": row,
+            "instruction": instruction,
+            "completion": completion.text,
+            "input": example.input if example else None,
+            "output": example.output if example else None,
+            "reward": round(judgement.reward, 6),
+            "components": judgement.components,
+            "finish_reason": completion.finish_reason,
+        }
+        for row, (instruction, completion, example, judgement) in enumerate(
+            zip(instructions, completions, examples, judgements, strict=True)
+        )
+    ]
+
+
+def steps_done(workdir: Path) -> int:
+    """Steps that the newest finished checkpoint has behind it."""
+    return checkpoints.latest_step(workdir / CHECKPOINTS)
+
+
+def tuned_adapter(config: Experiment, base: BaseModel, workdir: Path) -> Params:
+    """Adapter after the last PPO step.
+
+    Raises:
+        ValueError: stage 2 has not finished.
+    """
+    directory = workdir / CHECKPOINTS
+    step = steps_done(workdir)
+    if step < config.ppo.num_steps:
+        raise ValueError(
+            f"{directory}: PPO has done {step} of {config.ppo.num_steps} steps; run train_ppo first"
+        )
+    with checkpoints.open_manager(directory, keep=config.ppo.keep_checkpoints) as manager:
+        return checkpoints.restore_latest(manager, new_state(config, base))[1].params["adapter"]

@@ -1,0 +1,282 @@
+"""Super-NaturalInstructions: task files, evaluation prompts and scores.
+
+Tasks, prompt and scoring rules are those of the English track of Wang et al., 2022,
+"Super-NaturalInstructions: Generalization via Declarative Instructions on 1600+ NLP Tasks"
+(https://arxiv.org/abs/2204.07705). A task file is one JSON object, of which these keys are read:
+
+    Definition         str, or [str] of which the first is used
+    Categories         str, or [str] of which the first is used
+    Positive Examples  [{input: str, output: str, or [str] of which the first is used}]
+    Instances          [{id: str, input: str, output: str, or [str] that are all references}]
+"""
+
+import functools
+import json
+import reprlib
+import statistics
+import string
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from rouge_score import rouge_scorer
+
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One test case; a prediction is right when it agrees with any of the references."""
+
+    id: str
+    input: str
+    references: tuple[str, ...]  # at least one
+
+
+@dataclass(frozen=True)
+class Example:
+    """One positive example, shown to the model in a few-shot prompt."""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its definition in words, its demonstrations and its test cases."""
+
+    name: str  # the file's name without `.json`
+    category: str
+    definition: str
+    examples: tuple[Example, ...]
+    instances: tuple[Instance, ...]  # at least one
+
+
+def load_task(path: str | Path, max_instances: int = 100) -> Task:
+    """Read one task file, keeping its first `max_instances` (at least 1) instances.
+
+    Raises:
+        ValueError: the file cannot be read, is no JSON object, or a key is missing or mistyped.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}), expected JSON in UTF-8") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: got {reprlib.repr(content)}, expected a JSON object")
+    instances = _records(content, "Instances", str(path))[:max_instances]
+    if not instances:
+        raise ValueError(f"{path}: 'Instances' is empty, expected at least one")
+    return Task(
+        name=path.stem,
+        category=_texts(content, "Categories", str(path))[0],
+        definition=_texts(content, "Definition", str(path))[0],
+        examples=tuple(
+            Example(_text(record, "input", where), _texts(record, "output", where)[0])
+            for where, record in _records(content, "Positive Examples", str(path))
+        ),
+        instances=tuple(
+            Instance(
+                _text(record, "id", where),
+                _text(record, "input", where),
+                _texts(record, "output", where),
+            )
+            for where, record in instances
+        ),
+    )
+
+
+def load_tasks(
+    directory: str | Path, split_file: str | Path | None = None, max_instances: int = 100
+) -> list[Task]:
+    """Read the tasks of a directory, sorted by name.
+
+    Args:
+        directory: holds one `<task name>.json` per task.
+        split_file: a text file with one task name a line. Only these tasks are read; those without
+            a file are left out with a warning, so that a part of a split can be evaluated.
+        max_instances: per task, at least 1.
+
+    Raises:
+        ValueError: no task is found, a file is malformed, or an instance id occurs twice.
+    """
+    paths = {path.stem: path for path in Path(directory).glob("*.json")}
+    if not paths:
+        raise ValueError(f"{directory}: no task is found, expected a directory of *.json files")
+    if split_file is not None:
+        paths = _select(paths, Path(split_file))
+    tasks = [load_task(paths[name], max_instances) for name in sorted(paths)]
+    ids = Counter(instance.id for task in tasks for instance in task.instances)
+    repeated = [id for id, count in ids.items() if count > 1]
+    if repeated:
+        raise ValueError(f"{directory}: id {repeated[0]!r} occurs twice, expected unique ids")
+    return tasks
+
+
+def build_prompt(
+    task: Task,
+    instance: Instance,
+    num_examples: int,
+    count_tokens: Callable[[str], int],
+    max_tokens: int = 1024,
+) -> str:
+    """The prompt of Tk-Instruct (https://arxiv.org/abs/2204.07705), zero- or few-shot.
+
+    The first example that would make the prompt longer than `max_tokens`, and those after it, are
+    dropped. A prompt too long without any example is returned whole: cutting is the caller's.
+
+    Args:
+        task: gives the definition and the examples.
+        instance: the test case to complete.
+        num_examples: show at most this many positive examples, at least 0.
+        count_tokens: gives the length of a text in tokens of the model that will read it.
+        max_tokens: the longest prompt, in these tokens, that an example may lead to.
+    """
+    definition = task.definition.strip()
+    if not definition.endswith(tuple(string.punctuation)):
+        definition += "."
+    head = f"Definition: {definition}\n\n"
+    tail = f"Now complete the following example -\nInput: {instance.input.strip()}\nOutput: "
+    for number, example in enumerate(task.examples[:num_examples], start=1):
+        shown = f"Input: {example.input.strip()}\n Output: {example.output.strip()}"
+        longer = f"{head} Positive Example {number} -\n{shown}\n\n"
+        if count_tokens(longer + tail) > max_tokens:
+            break
+        head = longer
+    return head + tail
+
+
+def normalize(text: str) -> str:
+    """`text` in lower case, without ASCII punctuation, its white space collapsed."""
+    return " ".join(text.lower().translate(_WITHOUT_PUNCTUATION).split())
+
+
+def exact_match(prediction: str, references: Sequence[str]) -> float:
+    """1 when the prediction equals any reference after `normalize`, else 0."""
+    return float(normalize(prediction) in map(normalize, references))
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """Largest ROUGE-L F over the references (at least one), in [0, 1].
+
+    With L the longest common subsequence of the Porter-stemmed words, p = L / len(prediction) and
+    r = L / len(reference), F = 2pr / (p + r). A text without any of [a-z0-9] scores 0.
+    """
+    scores = (_rouge_scorer().score(reference, prediction) for reference in references)
+    return max(float(score["rougeL"].fmeasure) for score in scores)
+
+
+def score(tasks: Sequence[Task], predictions: Mapping[str, str]) -> dict[str, Any]:
+    """Score the predictions of one arm, as the official evaluation does.
+
+    Args:
+        tasks: at least one, with ids that are unique over all of them.
+        predictions: the predicted text by instance id. A missing one counts as the empty string,
+            one for an unknown id is ignored.
+
+    Returns:
+        `tasks` (by name), `categories` (by name) and `all`, each score a dict of the number of
+        `instances` and of the means over them, `exact_match` and `rougeL` (x 100, 4 decimals); a
+        task's has its `category` too. In a category and in `all` a task thus counts by its size.
+    """
+    by_task: dict[str, list[tuple[float, float]]] = {}
+    by_category: dict[str, list[tuple[float, float]]] = {}
+    for task in tasks:
+        pairs = [_score_one(each, predictions.get(each.id, "")) for each in task.instances]
+        by_task[task.name] = pairs
+        by_category.setdefault(task.category, []).extend(pairs)
+    return {
+        "tasks": {t.name: {"category": t.category, **_mean(by_task[t.name])} for t in tasks},
+        "categories": {name: _mean(by_category[name]) for name in sorted(by_category)},
+        "all": _mean([pair for pairs in by_task.values() for pair in pairs]),
+    }
+
+
+def compare(base_scores: Mapping[str, Any], tuned_scores: Mapping[str, Any]) -> dict[str, float]:
+    """Count the tasks on which the tuned arm's rougeL is above, equal to or below the base's.
+
+    Args:
+        base_scores: what `score` returned for the base arm.
+        tuned_scores: what it returned for the tuned arm.
+
+    Returns:
+        The counts `won`, `tied` and `lost`, and `share_improved`, 100 * won / tasks (4 decimals).
+
+    Raises:
+        ValueError: the arms were scored on different tasks.
+    """
+    base, tuned = base_scores["tasks"], tuned_scores["tasks"]
+    if base.keys() != tuned.keys():
+        odd = ", ".join(sorted(base.keys() ^ tuned.keys()))
+        raise ValueError(f"only one arm has scores for {odd}, expected the same tasks in both")
+    gains = [tuned[name]["rougeL"] - base[name]["rougeL"] for name in base]
+    won, lost = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    share = round(100 * won / len(gains), 4)
+    return {"won": won, "tied": len(gains) - won - lost, "lost": lost, "share_improved": share}
+
+
+@functools.cache
+def _rouge_scorer() -> rouge_scorer.RougeScorer:
+    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def _score_one(instance: Instance, prediction: str) -> tuple[float, float]:
+    return exact_match(prediction, instance.references), rouge_l(prediction, instance.references)
+
+
+def _mean(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
+    exact, rouge = (round(100 * statistics.fmean(column), 4) for column in zip(*pairs, strict=True))
+    return {"instances": len(pairs), "exact_match": exact, "rougeL": rouge}
+
+
+def _select(paths: Mapping[str, Path], split_file: Path) -> dict[str, Path]:
+    """The paths whose names the split file lists."""
+    if not split_file.is_file():
+        raise ValueError(f"{split_file}: no such file, expected one task name a line")
+    names = set(split_file.read_text(encoding="utf-8").split())
+    found = {name: path for name, path in paths.items() if name in names}
+    missing = sorted(names - found.keys())
+    if not found:
+        raise ValueError(
+            f"{split_file}: no task has a file among its {len(names)} names, "
+            f"expected names such as {min(paths)}"
+        )
+    if missing:
+        text = "%s: %d of %d tasks have no file and are left out, the first is %s"
+        logging.warning(text, split_file, len(missing), len(names), missing[0])
+    return found
+
+
+def _text(record: Mapping[str, object], key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        raise _wrong(where, key, value, "a string")
+    return value
+
+
+def _texts(record: Mapping[str, object], key: str, where: str) -> tuple[str, ...]:
+    """A string, or a list of at least one, as a tuple."""
+    value = record.get(key)
+    texts = [value] if isinstance(value, str) else value
+    if not (isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts)):
+        raise _wrong(where, key, value, "a string or a list of at least one string")
+    return tuple(texts)
+
+
+def _records(
+    record: Mapping[str, object], key: str, where: str
+) -> list[tuple[str, dict[str, object]]]:
+    """The objects of a list, each after its place in words, for errors about it."""
+    value = record.get(key)
+    if not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
+        raise _wrong(where, key, value, "a list of objects")
+    return [(f"{where}: {key}[{index}]", entry) for index, entry in enumerate(value)]
+
+
+def _wrong(where: str, key: str, value: object, expected: str) -> ValueError:
+    got = "is missing" if value is None else f"is {reprlib.repr(value)}"
+    return ValueError(f"{where}: {key!r} {got}, expected {expected}")

@@ -1,0 +1,58 @@
+"""Text and token arrays: chat formatting, padding, length buckets."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+TokenIds = Sequence[int]
+_STEP = 64  # lengths are rounded up to a multiple of this, so that few programs are compiled
+
+
+def bucket(length: int) -> int:
+    """Length to pad to: multiples of 64 up to 512, then of 256."""
+    step = _STEP if length <= 512 else 4 * _STEP
+    return max(-(-length // step), 1) * step
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, fmt: str) -> list[int]:
+    """Token ids of a prompt: as it is (`raw`, with the tokenizer's own bos if it adds one), or as
+    the user's turn of a chat.
+
+    Raises:
+        ValueError: `chat` for a tokenizer without a chat template.
+    """
+    if fmt == "raw":
+        return list(tokenizer(text).input_ids)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "prompt format 'chat': this model's tokenizer has no chat template; use raw"
+        )
+    turns = [{"role": "user", "content": text}]
+    chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(chat, add_special_tokens=False).input_ids)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: TokenIds) -> str:
+    """Text of generated tokens without special ones."""
+    text = tokenizer.decode(list(ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def pad_left(rows: Sequence[TokenIds], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [B, length] int32 padded with 0 on the left, start [B] first real column)."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        if row:
+            tokens[i, length - len(row) :] = row
+    start = np.asarray([length - len(row) for row in rows], np.int32)
+    return tokens, start
+
+
+def pad_right(rows: Sequence[TokenIds], length: int) -> np.ndarray:
+    """[B, length] int32, padded with 0 on the right."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+    return tokens

@@ -1,0 +1,19 @@
+"""Eight host devices, no network, and JAX's strict modes, all set before JAX is imported."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_debug_key_reuse", True)
+
+# The first example of a property compiles, so no deadline; the same examples in every run.
+hypothesis.settings.register_profile("refine_af", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("refine_af")

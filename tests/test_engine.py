@@ -1,0 +1,358 @@
+"""From requests to completions: independence of the batch, stops, log-probabilities, meshes."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refine_af import config as config_lib
+from refine_af import logprobs, mesh, tokens
+from refine_af.config import Sampling
+from refine_af.engine import Completion, Engine, Request
+from refine_af.models import transformer
+from refine_af.models.byte_tokenizer import byte_tokenizer
+from refine_af.models.config import LoraConfig, ModelConfig
+from refine_af.models.registry import PRESETS
+from refine_af.models.transformer import Params, define
+
+TINY = PRESETS["tiny"]
+TOKENIZER = byte_tokenizer()
+EOS = TOKENIZER.eos_token_id
+SAMPLING = Sampling(temperature=0.8, max_new_tokens=40)
+
+
+@functools.cache
+def one_device() -> jax.sharding.Mesh:
+    return mesh.make_mesh(config_lib.Mesh(), jax.devices()[:1])
+
+
+def engine(batch_size: int = 4, **changes: Any) -> Engine:
+    made = Engine(TINY, TOKENIZER, one_device(), eos_ids=(EOS,), batch_size=batch_size)
+    return dataclasses.replace(made, **changes)
+
+
+def encode(text: str) -> tuple[int, ...]:
+    return tuple(TOKENIZER(text).input_ids)
+
+
+@functools.cache
+def tiny_params() -> Params:
+    """Unstacked random weights with logits of order 1."""
+    params, _ = transformer.init(TINY, key=jax.random.key(0))
+    return transformer.unstack_layers(jax.tree.map(lambda x: 5 * x, params))
+
+
+@functools.cache
+def varied_requests() -> tuple[Request, ...]:
+    """Eight rows of different prompts, lengths (two buckets), samplings and seeds."""
+    samplings = (
+        SAMPLING,
+        dataclasses.replace(SAMPLING, temperature=0.0),
+        dataclasses.replace(SAMPLING, top_p=0.7, presence_penalty=1.0),
+        dataclasses.replace(SAMPLING, top_k=20, max_new_tokens=7),
+    )
+    return tuple(
+        Request(encode("ab! " * (5 * i + 1)), samplings[i % 4], seed=100 + i) for i in range(8)
+    )
+
+
+@functools.cache
+def varied_completions() -> tuple[Completion, ...]:
+    """Those of `varied_requests`, all in one batch on one device."""
+    return tuple(engine(8).generate(tiny_params(), varied_requests()))
+
+
+# What a completion depends on
+
+
+def ids_of(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
+    return [completion.token_ids for completion in completions]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_tokens_do_not_depend_on_batch_size_or_neighbours(batch_size: int) -> None:
+    completions = engine(batch_size).generate(tiny_params(), varied_requests())
+    assert ids_of(completions) == ids_of(varied_completions())
+
+
+def test_tokens_do_not_depend_on_the_order_of_requests() -> None:
+    completions = engine(3).generate(tiny_params(), varied_requests()[::-1])
+    assert ids_of(completions)[::-1] == ids_of(varied_completions())
+
+
+def test_completions_differ_so_that_equality_means_something() -> None:
+    assert len(set(ids_of(varied_completions()))) == 8
+    assert [len(ids) for ids in ids_of(varied_completions())[3::4]] == [7, 7]
+
+
+def test_a_seed_fixes_the_text_and_another_seed_changes_it() -> None:
+    seeds = (1, 2, 1, 2**32 + 1)  # a seed counts modulo 2^32
+    requests = [Request(encode("same"), SAMPLING, seed) for seed in seeds]
+    first, other, *same = ids_of(engine().generate(tiny_params(), requests))
+    assert first != other
+    assert same == [first, first]
+
+
+def test_no_requests_give_no_completions() -> None:
+    assert engine().generate(tiny_params(), []) == []
+
+
+def test_progress_adds_up_to_the_number_of_tokens() -> None:
+    calls: list[int] = []
+    completions = engine(3).generate(tiny_params(), varied_requests(), calls.append)
+    assert sum(calls) == sum(len(completion.token_ids) for completion in completions)
+    assert len(calls) > 3, "one call a chunk, not one at the end"
+
+
+# A model of one layer of zeros knows the last token only: it can be made to say any text.
+
+
+def says(text: str, ends: bool = True) -> tuple[ModelConfig, Params]:
+    """A model that greedily goes on with what follows the last token in `text`, then `<eos>`.
+
+    Every byte of `text` may stand in it once. Without `ends` the last byte is said for ever.
+    """
+    ids = encode(text)
+    assert len(set(ids)) == len(ids)
+    vocab = TINY.vocab_size
+    config = dataclasses.replace(TINY, embed_dim=vocab, num_layers=1, tie_embeddings=False)
+    shapes = jax.eval_shape(lambda: transformer.init(config, key=jax.random.key(0)))[0]
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    head = np.zeros((vocab, vocab), np.float32)
+    head[ids, (*ids[1:], EOS if ends else ids[-1])] = 1
+    params |= {
+        "embedding": jnp.eye(vocab),
+        "head": jnp.asarray(head),
+        "final_norm": {"scale": jnp.ones(vocab)},
+    }
+    return config, transformer.unstack_layers(params)
+
+
+LETTERS = "".join(map(chr, range(ord("!"), ord("~") + 1)))  # 94 printable bytes
+
+
+def listen(text: str, *, eos_ids: tuple[int, ...] = (EOS,), **sampling: Any) -> Completion:
+    """What a model that says `text` answers to the first character of it."""
+    config, params = says(text)
+    request = Request(
+        encode(text[0]), Sampling(temperature=0.0, **({"max_new_tokens": 200} | sampling))
+    )
+    return engine(config=config, eos_ids=eos_ids).generate(params, [request])[0]
+
+
+def test_text_ends_before_the_end_token_which_is_counted() -> None:
+    completion = listen("abcd")
+    assert (completion.text, completion.finish_reason) == ("bcd", "stop")
+    assert completion.token_ids == (*encode("bcd"), EOS)
+    assert len(completion.logprobs) == 4
+
+
+def test_an_end_token_that_is_an_ordinary_one_is_no_text_either() -> None:
+    completion = listen("abcd", eos_ids=encode("d"))
+    assert (completion.text, completion.finish_reason) == ("bc", "stop")
+    assert completion.token_ids == encode("bcd")
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 90])
+def test_length_stops_after_exactly_so_many_tokens(length: int) -> None:
+    """On both sides of a chunk of 32."""
+    completion = listen(LETTERS, max_new_tokens=length)
+    assert (completion.text, completion.finish_reason) == (LETTERS[1 : length + 1], "length")
+    assert completion.token_ids == encode(completion.text)
+
+
+def test_an_end_token_on_the_last_allowed_place_is_a_stop() -> None:
+    assert listen("abcd", max_new_tokens=4).finish_reason == "stop"
+    assert listen("abcd", max_new_tokens=3).finish_reason == "length"
+
+
+@pytest.mark.parametrize("end", [1, 31, 32, 33, 63, 64, 65, 93])
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_stop_string_is_cut_off_and_its_tokens_are_kept(end: int, size: int) -> None:
+    """Stop strings that end on, before and after the last token of a chunk."""
+    stop = LETTERS[1:][max(end - size, 0) : end]
+    completion = listen(LETTERS, stop=(stop,))
+    assert completion.finish_reason == "stop"
+    assert completion.text + stop == LETTERS[1 : end + 1]
+    assert completion.token_ids == encode(completion.text + stop), "not one token more or less"
+    assert len(completion.logprobs) == len(completion.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [(("de", "bc"), ""), (("cd", "bcd"), ""), (("z", "de"), "bc"), (("no",), "bcdefg")],
+    ids=str,
+)
+def test_the_earliest_of_several_stop_strings_counts(stops: tuple[str, ...], text: str) -> None:
+    assert listen("abcdefg", stop=stops).text == text
+
+
+def test_a_stop_string_before_the_end_token_takes_that_token_away() -> None:
+    assert listen("abcd", stop=("c",)).token_ids == encode("bc")
+
+
+def test_a_stop_string_of_several_bytes_needs_them_all() -> None:
+    """`\u00e9` is two tokens; half of it decodes to a replacement character, which stops nothing."""
+    completion = listen("ab\u00e9c", stop=("\u00e9",))
+    assert (completion.text, completion.finish_reason) == ("b", "stop")
+    assert completion.token_ids == encode("b\u00e9")
+
+
+def test_rows_stop_each_in_its_own_way() -> None:
+    """One batch: end token, stop string, two lengths."""
+    config, params = says(LETTERS)
+    long = Sampling(temperature=0.0, max_new_tokens=90)
+    rows = (
+        ("y", long, "z{|}~", "stop"),
+        ("0", dataclasses.replace(long, stop=("78",)), "123456", "stop"),
+        ("A", dataclasses.replace(long, max_new_tokens=40), LETTERS[33:73], "length"),
+        ("a", dataclasses.replace(long, max_new_tokens=2), "bc", "length"),
+    )
+    requests = [Request(encode(prompt), sampling) for prompt, sampling, _, _ in rows]
+    completions = engine(config=config).generate(params, requests)
+    assert [(c.text, c.finish_reason) for c in completions] == [row[2:] for row in rows]
+
+
+def test_the_context_bounds_the_answer() -> None:
+    """A prompt of 6 tokens in a context of 10 leaves 4, whatever is asked for."""
+    config, params = says(LETTERS, ends=False)
+    config = dataclasses.replace(config, max_positions=10)
+    request = Request(encode("zzzzzA"), Sampling(temperature=0.0, max_new_tokens=99))
+    (completion,) = engine(config=config).generate(params, [request])
+    assert (completion.text, completion.finish_reason) == ("BCDE", "length")
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (0, "request 1: the prompt is empty"),
+        (10, "request 1: the prompt has 10 tokens, and the model's context is 10; shorten it"),
+    ],
+)
+def test_prompts_that_cannot_be_answered_are_refused(length: int, message: str) -> None:
+    config = dataclasses.replace(TINY, max_positions=10)
+    requests = [Request((5,) * n, SAMPLING) for n in (9, length)]
+    with pytest.raises(ValueError) as error:
+        engine(config=config).generate({}, requests)
+    assert str(error.value) == message
+
+
+# Log-probabilities
+
+
+def test_logprobs_are_those_of_scoring_the_text_afterwards() -> None:
+    """Sampler (cache, left padding, top-p) and trainer (right padding) see one distribution."""
+    completions = varied_completions()
+    for request, completion in zip(varied_requests(), completions, strict=True):
+        row = np.asarray([request.prompt_ids + completion.token_ids])
+        first = len(request.prompt_ids)
+        temperature = request.sampling.temperature or 1.0
+        scored = score(tiny_params(), tokens.pad_right(row.tolist(), 256), temperature)
+        np.testing.assert_allclose(
+            completion.logprobs, scored[0, first - 1 : row.size - 1], atol=1e-4, rtol=0
+        )
+
+
+@jax.jit
+def score(params: Params, row: jax.Array, temperature: float) -> jax.Array:
+    """Log-probability of each token after the first."""
+    model = transformer.bind(define(TINY, stacked=False), params)
+    hidden, _ = model(row, jnp.zeros(1, jnp.int32))
+    return logprobs.of_targets(model, hidden[:, :-1], row[:, 1:], temperature)[0]
+
+
+# Meshes
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [config_lib.Mesh(data=8, fsdp=1), config_lib.Mesh(data=1, fsdp=4, tensor=2)],
+    ids=["data8", "fsdp4-tensor2"],
+)
+def test_eight_devices_say_the_same_as_one(sizes: config_lib.Mesh) -> None:
+    devices = mesh.make_mesh(sizes)
+    shardings, _ = mesh.param_shardings(TINY, None, devices, stacked=False)
+    params = jax.device_put(tiny_params(), shardings)
+    completions = engine(8, mesh=devices).generate(params, varied_requests())
+    assert ids_of(completions) == ids_of(varied_completions())
+    for many, one in zip(completions, varied_completions(), strict=True):
+        np.testing.assert_allclose(many.logprobs, one.logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=2.0, pattern=".*")])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_weights_are_cut_along_embed_and_heads(lora: LoraConfig | None, stacked: bool) -> None:
+    """fsdp 4 x tensor 2: each device holds an eighth of a kernel, a quarter of its LoRA factor A."""
+    devices = mesh.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
+    base, adapter = mesh.param_shardings(TINY, lora, devices, stacked=stacked)
+    layer = (lambda tree: tree["layers"]) if stacked else (lambda tree: tree["layers"][0])
+    lead = (TINY.num_layers,) if stacked else ()
+    kernel = layer(base)["attention"]["k"]["kernel"]
+    assert kernel.shard_shape((*lead, 32, 16)) == (*lead, 8, 8)
+    if lora:
+        assert layer(adapter)["attention"]["k"]["lora_a"].shard_shape((*lead, 32, 2)) == (*lead, 8, 2)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_axis_of_every_preset_has_a_rule(preset: str) -> None:
+    devices = mesh.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
+    every_linear = LoraConfig(rank=2, alpha=2.0, pattern=".*")
+    shardings = mesh.param_shardings(PRESETS[preset], every_linear, devices)
+    assert all(jax.tree.leaves(tree) for tree in shardings)
+
+
+def test_an_axis_that_does_not_divide_stays_whole() -> None:
+    devices = mesh.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
+    assert mesh.spec(("embed", "vocab"), (8, 9), devices) == jax.P("fsdp", None)
+    assert mesh.spec(("embed", "vocab"), (6, 10), devices) == jax.P(None, "tensor")
+
+
+def test_an_axis_without_a_rule_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"\['expert'\] of \('expert', 'embed'\) have no sharding"):
+        mesh.spec(("expert", "embed"), (2, 2), one_device())
+
+
+def test_two_claims_to_one_mesh_axis_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"same mesh axis twice: \['tensor', 'tensor'\]"):
+        mesh.spec(("heads", "hidden"), (2, 2), one_device())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (1, 8, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": -1, "fsdp": 2}, (4, 2, 1)),
+    ],
+    ids=str,
+)
+def test_one_axis_of_a_mesh_may_take_the_rest(
+    sizes: dict[str, int], shape: tuple[int, ...]
+) -> None:
+    assert tuple(mesh.make_mesh(config_lib.Mesh(**sizes)).shape.values()) == shape
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 3, "fsdp": 1, "tensor": 1},
+        {"data": 3, "fsdp": -1, "tensor": 1},
+        {"data": 16, "fsdp": -1, "tensor": 1},
+        {"data": -1, "fsdp": -1, "tensor": 1},
+        {"data": 0, "fsdp": -1, "tensor": 1},
+    ],
+    ids=str,
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes: dict[str, int]) -> None:
+    named = "data={data} fsdp={fsdp} tensor={tensor}".format(**sizes)
+    with pytest.raises(ValueError) as error:
+        mesh.make_mesh(config_lib.Mesh(**sizes))
+    assert str(error.value) == (
+        f"mesh {named}: the product must be the number of devices, 8; "
+        "give one axis as -1 to take the rest"
+    )

@@ -1,0 +1,254 @@
+"""Drawing one token: distributions worked by hand, and what can never be drawn."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from refine_af import sampling
+from refine_af.sampling import Limits
+
+HALVES = [0.5, 0.25, 0.15, 0.1]
+NUM_DRAWS = 20_000
+
+jit_choose = jax.jit(sampling.choose, static_argnames="restricted")
+jit_inverse_cdf = jax.jit(jax.vmap(sampling._inverse_cdf, (None, 0)))
+
+
+def limits(batch: int, **changes: Any) -> Limits:
+    """Plain sampling at temperature 1, row i with seed i."""
+    values = {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "max_new_tokens": 1,
+        "seed": np.arange(batch),
+    }
+    rows = {name: np.broadcast_to(v, batch) for name, v in (values | changes).items()}
+    return Limits(
+        temperature=rows["temperature"].astype(np.float32),
+        top_k=rows["top_k"].astype(np.int32),
+        top_p=rows["top_p"].astype(np.float32),
+        presence_penalty=rows["presence_penalty"].astype(np.float32),
+        max_new_tokens=rows["max_new_tokens"].astype(np.int32),
+        seed=rows["seed"].astype(np.uint32),
+    )
+
+
+def choose(
+    logits: Any,
+    batch: int,
+    *,
+    restricted: bool = True,
+    seen: tuple[int, ...] = (),
+    drawn: int = 0,
+    **changes: Any,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, log-probabilities) of `batch` rows; logits of one row are the same for all."""
+    logits = np.broadcast_to(np.asarray(logits, np.float32), (batch, np.shape(logits)[-1]))
+    marked = np.isin(np.arange(logits.shape[1]), seen)
+    token, logprob = jit_choose(
+        logits,
+        np.broadcast_to(marked, logits.shape),
+        np.full(batch, drawn, np.int32),
+        limits(batch, **changes),
+        restricted=restricted,
+    )
+    return np.asarray(token), np.asarray(logprob)
+
+
+def random_logits(batch: int, vocab: int) -> np.ndarray:
+    return 3 * np.random.default_rng(0).standard_normal((batch, vocab)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "greedy",
+    [
+        {"temperature": 0.0, "restricted": False},
+        {"temperature": 0.0},
+        {"temperature": 0.0, "top_k": 5, "top_p": 0.3},
+        {"top_k": 1},
+        {"top_k": 1, "temperature": 100.0},
+        {"top_p": 1e-6},
+    ],
+    ids=str,
+)
+def test_greedy_in_all_its_forms_is_argmax(greedy: dict[str, Any]) -> None:
+    logits = random_logits(64, 1000)
+    token, _ = choose(logits, 64, **greedy)
+    np.testing.assert_array_equal(token, logits.argmax(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"top_p": 0.4}, {0}),
+        ({"top_p": 0.7}, {0, 1}),
+        ({"top_p": 0.76}, {0, 1, 2}),
+        ({"top_p": 0.95}, {0, 1, 2, 3}),
+        ({"top_k": 3}, {0, 1, 2}),
+        ({"top_k": 9}, {0, 1, 2, 3}),
+        ({"top_k": 3, "top_p": 0.7}, {0, 1}),
+        ({"top_k": 1, "top_p": 0.95}, {0}),
+        ({"top_p": 0.7, "temperature": 3.0}, {0, 1, 2}),  # .345 .274 .231 .202 for 1/3 powers
+        ({}, {0, 1, 2, 3}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)], ids=str)
+def test_only_the_nucleus_is_drawn_and_all_of_it(
+    changes: dict[str, Any], kept: set[int], order: tuple[int, ...]
+) -> None:
+    """Likeliest first or not, the smallest set with mass p, cut to k."""
+    token, _ = choose(np.log(HALVES)[list(order)], 400, **changes)
+    assert {order[i] for i in token} == kept
+
+
+def test_the_threshold_is_that_of_a_sort() -> None:
+    """On 300 entries: everything from the first sorted entry whose running mass reaches p."""
+    weights = np.asarray(jax.nn.softmax(random_logits(16, 300)))
+    top_p = np.linspace(0.05, 0.99, 16, dtype=np.float32)
+    threshold = sampling._threshold(weights, limits(16, top_p=top_p))
+    ordered = -np.sort(-weights.astype(np.float64), axis=1)
+    size = (np.cumsum(ordered, axis=1) < top_p[:, None]).sum(axis=1) + 1
+    np.testing.assert_array_equal((weights >= threshold).sum(axis=1), size)
+
+
+def test_presence_penalty_is_taken_once_from_seen_tokens() -> None:
+    """[2, 1.9, 0] - [1, 0, 0]: the second wins, unless nothing was seen or nothing is taken."""
+    assert choose([2, 1.9, 0], 1, temperature=0, presence_penalty=1, seen=(0,))[0] == [1]
+    assert choose([2, 1.9, 0], 1, temperature=0, presence_penalty=1)[0] == [0]
+    assert choose([2, 1.9, 0], 1, temperature=0, seen=(0,))[0] == [0]
+
+
+def frequencies(token: np.ndarray, vocab: int) -> np.ndarray:
+    return np.bincount(token, minlength=vocab) / len(token)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"restricted": False}, HALVES),
+        ({}, HALVES),
+        ({"temperature": 0.5}, [0.25, 0.0625, 0.0225, 0.01]),
+        ({"top_k": 3}, [0.5, 0.25, 0.15, 0]),
+        ({"top_p": 0.7}, [0.5, 0.25, 0, 0]),
+        ({"presence_penalty": np.log(2), "seen": (0, 3)}, [0.25, 0.25, 0.15, 0.05]),
+        # 1 / T multiplies what the penalty leaves.
+        (
+            {"presence_penalty": np.log(2), "seen": (0,), "temperature": 0.5},
+            [0.0625, 0.0625, 0.0225, 0.01],
+        ),
+    ],
+    ids=str,
+)
+def test_frequencies_are_those_of_the_distribution(
+    changes: dict[str, Any], expected: list[float]
+) -> None:
+    """Chi-square of 20,000 seeds, three degrees of freedom: over 16.3 in one of 1,000 cases."""
+    token, _ = choose(np.log(HALVES), NUM_DRAWS, **changes)
+    share = np.asarray(expected) / np.sum(expected)
+    observed = frequencies(token, 4)
+    assert observed[share == 0].sum() == 0
+    possible = share > 0
+    chi_square = NUM_DRAWS * ((observed - share)[possible] ** 2 / share[possible]).sum()
+    assert chi_square < 16.3
+
+
+def test_frequencies_over_a_vocabulary_of_several_blocks() -> None:
+    """Both levels of the inverse CDF: 600 tokens in blocks of 256, compared by block and by rank."""
+    logits = random_logits(1, 600)[0]
+    token, _ = choose(logits, NUM_DRAWS, restricted=False)
+    share = np.asarray(jax.nn.softmax(logits), np.float64)
+    bound = 5 * np.sqrt(share / NUM_DRAWS) + 5 / NUM_DRAWS
+    assert (np.abs(frequencies(token, 600) - share) < bound).all()
+    blocks = np.add.reduceat(share, [0, 256, 512])
+    observed = frequencies(token // 256, 3)
+    assert (np.abs(observed - blocks) < 4 * np.sqrt(blocks / NUM_DRAWS)).all()
+
+
+def test_the_n_th_token_of_a_seed_has_its_own_random_number() -> None:
+    """Same seed and count: the same token. Another count or another seed: independent ones."""
+    uniform = np.zeros(64)
+    first, again = (choose(uniform, 500, drawn=7)[0] for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    for other in (choose(uniform, 500, drawn=8)[0], choose(uniform, 500, drawn=7, seed=999)[0]):
+        assert (first == other).mean() < 0.05  # one in 64 by chance
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    "changes",
+    [{"restricted": False}, {"top_k": 2}, {"top_p": 0.3}, {"presence_penalty": 2, "seen": (0, 1)}],
+    ids=str,
+)
+def test_logprob_is_that_of_the_untruncated_policy(
+    temperature: float, changes: dict[str, Any]
+) -> None:
+    """log softmax(logits / T), whatever top-k, top-p and penalties leave to be drawn."""
+    logits = random_logits(32, 300)
+    token, logprob = choose(logits, 32, temperature=temperature, **changes)
+    expected = jax.nn.log_softmax(logits / temperature)[np.arange(32), token]
+    np.testing.assert_allclose(logprob, expected, atol=1e-5, rtol=0)
+
+
+def test_logprob_of_a_greedy_token_is_that_of_temperature_one() -> None:
+    token, logprob = choose(np.log(HALVES), 1, temperature=0.0)
+    assert token == [0]
+    np.testing.assert_allclose(logprob, [np.log(0.5)], atol=1e-6)
+
+
+def sparse_weights(vocab: int, share: float, seed: int) -> np.ndarray:
+    """Weights that are zero but for some; the last entries always are, the first sometimes."""
+    rng = np.random.default_rng(seed)
+    weights = rng.random(vocab).astype(np.float32) ** 8
+    weights[rng.random(vocab) > share] = 0
+    weights[-vocab // 3 :] = 0
+    weights[vocab // 3] = 1
+    return weights
+
+
+@pytest.mark.parametrize("vocab", [4, 255, 256, 257, 1000, 32_000])
+def test_the_ends_of_the_unit_interval_draw_an_entry_with_weight(vocab: int) -> None:
+    uniform = np.asarray([0, 0.5, 1 - 2**-23, 1 - 2**-24, 1], np.float32)
+    for seed in range(8):
+        weights = sparse_weights(vocab, 0.1, seed)
+        index = np.asarray(jit_inverse_cdf(weights, uniform))
+        assert (index < vocab).all()
+        assert (weights[index] > 0).all()
+
+
+@pytest.mark.parametrize("vocab", [600, 131_000])
+def test_rounding_of_running_sums_never_draws_an_entry_without_weight(vocab: int) -> None:
+    """All uniforms of float32 around the edges of blocks.
+
+    Of 500 block sums and more, XLA's own running sum on a CPU is not monotone.
+    """
+    for seed in range(3):
+        weights = sparse_weights(vocab, 256 / vocab, seed)
+        ends = np.cumsum(weights, dtype=np.float64)[255::256] / weights.sum(dtype=np.float64)
+        steps = np.round(ends[:, None] * 2**23) + np.arange(-16, 17)
+        uniform = np.unique(steps.clip(0, 2**23 - 1)) / 2**23
+        assert (weights[jit_inverse_cdf(weights, uniform.astype(np.float32))] > 0).all()
+
+
+def test_inverse_cdf_is_that_of_a_float64_sum() -> None:
+    """Away from the edges, index i has cdf(i - 1) <= u < cdf(i)."""
+    weights = sparse_weights(1000, 0.5, 0)
+    cdf = np.cumsum(weights, dtype=np.float64) / weights.sum(dtype=np.float64)
+    uniform = np.random.default_rng(0).random(5000)
+    uniform = uniform[np.abs(cdf[:, None] - uniform).min(axis=0) > 1e-6]
+    expected = np.searchsorted(cdf, uniform, side="right")
+    np.testing.assert_array_equal(
+        jit_inverse_cdf(weights, uniform.astype(np.float32)), expected
+    )
+
+
+def test_large_seeds_are_not_folded_onto_small_ones() -> None:
+    """Every one of the 32 bits counts."""
+    seeds = np.asarray([0, 1, 2**31, 2**32 - 1], np.uint32)
+    uniform = jax.vmap(sampling._uniform)(seeds, jnp.zeros(4, jnp.int32))
+    assert len(set(uniform.tolist())) == 4
