@@ -45,7 +45,7 @@ def get_config() -> Experiment:
         ),
         reward=Reward(),
         ppo=Ppo(
-            num_steps=10,
+            num_steps=8,
             batch_size=16,
             num_epochs=2,
             num_minibatches=2,

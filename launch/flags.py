@@ -63,8 +63,8 @@ def parse_with_config(argv: Sequence[str]) -> list[str]:
         _parse(rest)  # shows --help, or names an unknown flag
         raise ValueError(f"--config is required: one of {available_configs()} or a .py file")
     values = ConfigDict(_plain(load_config(name)))
-    config_flags.DEFINE_config_dict("config", values, _CONFIG_HELP, sys_argv=rest)
     _check_fields(rest, values)
+    config_flags.DEFINE_config_dict("config", values, _CONFIG_HELP, sys_argv=rest)
     left = _parse(rest)
     _PARSED.append(from_dict(Experiment, flags.FLAGS.config.to_dict()))
     return left
@@ -102,7 +102,7 @@ def _check_fields(argv: Sequence[str], values: ConfigDict) -> None:
     for argument in argv:
         name, _, _ = argument.lstrip("-").partition("=")
         path = name.removeprefix("config.")
-        if name == path or path in fields or path.removeprefix("no") in fields:
+        if not argument.startswith("-") or name == path or path in fields:
             continue
         near = difflib.get_close_matches(path, fields, n=3, cutoff=0.5)
         near = near or [f for f in fields if f.rsplit(".")[-1] == path.rsplit(".")[-1]]

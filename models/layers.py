@@ -118,4 +118,5 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every position on its own."""
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        gate, up = self.gate(x).astype(jnp.float32), self.up(x).astype(jnp.float32)
+        return self.down((jax.nn.silu(gate) * up).astype(x.dtype))

