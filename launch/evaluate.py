@@ -3,7 +3,9 @@
 With --config and --workdir: the stage. With --model or --predictions, and --output: alone.
 """
 
+import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ _DTYPE = absl_flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of
 
 
 def _alone() -> bool:
-    return not any(argument.lstrip("-").startswith("config") for argument in sys.argv[1:])
+    """Whether the flags are not those of the stage; `--help` shows all of them."""
+    return not any(re.match(r"--?(config\b|help$|h$)", argument) for argument in sys.argv[1:])
 
 
 def main() -> None:
@@ -54,6 +57,9 @@ def main() -> None:
     if _PREDICTIONS.value:
         rows = flags.read_input(Path(_PREDICTIONS.value), ("id", "prediction"))
         found = {row["id"]: row["prediction"] for row in rows}
+        ids = [instance.id for task in tasks for instance in task.instances]
+        if not found.keys() & set(ids):
+            raise ValueError(f"{_PREDICTIONS.value}: no id is one of the tasks', such as {ids[0]}")
         result = {"arms": {"predictions": superni.score(tasks, found)}}
         records.write_text(output / evaluation.SCORES, json.dumps(result, indent=1) + "\n")
     else:
@@ -68,9 +74,17 @@ def _evaluate_model(options: Evaluation, tasks: list[superni.Task], output: Path
     engine = Engine(base.config, base.tokenizer, base.mesh, base.eos_ids, options.batch_size)
     asked = evaluation.questions(tasks, base.tokenizer, options)
     predictions = output / evaluation.PREDICTIONS
+    _claim(output / "options.json", dataclasses.asdict(model) | dataclasses.asdict(options))
     params = base.for_sampling(None, Lora())
     evaluation.predict(engine, params, asked, options, predictions, model.source)
     return evaluation.write_scores(tasks, predictions, output / evaluation.SCORES)
+
+
+def _claim(path: Path, options: dict[str, Any]) -> None:
+    """Answers are taken up where they were left, but only those of the same model and options."""
+    if path.exists() and records.read_json(path) != options:
+        raise ValueError(f"{path}: made with another model or options; take another --output")
+    records.write_text(path, json.dumps(options, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 import dataclasses
 import difflib
+import dis
 import importlib.util
 import os
+import re
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ def available_configs() -> list[str]:
 
 
 def load_config(name: str) -> Experiment:
-    """Experiment of a bundled name or of a `.py` file.
+    """Experiment of a bundled name or of a `.py` file; each value has the type of its field.
 
     Raises:
-        ValueError: no such config, or the file does not give an Experiment.
+        ValueError: no such config, or the file fails or does not give an Experiment.
     """
     path = Path(name) if name.endswith(".py") else _CONFIGS / f"{name}.py"
     if not path.is_file():
@@ -42,11 +43,14 @@ def load_config(name: str) -> Experiment:
     spec = importlib.util.spec_from_file_location("experiment", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config() if hasattr(module, "get_config") else None
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, Experiment):
         raise ValueError(f"{path}: expected a function get_config() that returns an Experiment")
-    return config
+    return from_dict(Experiment, dataclasses.asdict(config))
 
 
 def parse_with_config(argv: Sequence[str]) -> list[str]:
@@ -62,7 +66,7 @@ def parse_with_config(argv: Sequence[str]) -> list[str]:
         flags.DEFINE_string("config", None, _CONFIG_HELP)
         _parse(rest)  # shows --help, or names an unknown flag
         raise ValueError(f"--config is required: one of {available_configs()} or a .py file")
-    values = ConfigDict(_plain(load_config(name)))
+    values = ConfigDict(dataclasses.asdict(load_config(name)))
     _check_fields(rest, values)
     config_flags.DEFINE_config_dict("config", values, _CONFIG_HELP, sys_argv=rest)
     left = _parse(rest)
@@ -92,17 +96,13 @@ def experiment() -> Experiment:
     return _PARSED[-1]
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    return dataclasses.asdict(config)
-
-
 def _check_fields(argv: Sequence[str], values: ConfigDict) -> None:
     """Name the nearest fields to one that does not exist."""
     fields = _paths(values.to_dict())
     for argument in argv:
-        name, _, _ = argument.lstrip("-").partition("=")
-        path = name.removeprefix("config.")
-        if not argument.startswith("-") or name == path or path in fields:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+        path = match[1] if match else None
+        if path is None or path in fields:
             continue
         near = difflib.get_close_matches(path, fields, n=3, cutoff=0.5)
         near = near or [f for f in fields if f.rsplit(".")[-1] == path.rsplit(".")[-1]]
@@ -129,10 +129,10 @@ def read_input(path: Path, strings: Sequence[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected JSONL")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    rows = records.parse_lines(text.splitlines(), path, strings)
+    rows = records.parse_lines(text.split("\n"), path, strings)
     if not rows:
         raise ValueError(f"{path}: no rows; expected JSONL")
     return rows
@@ -175,7 +175,7 @@ def start(main: Callable[[], None], *, with_config: bool = False) -> None:
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, flags.Error, TypeError, KeyError) as error:
+    except (ValueError, OSError, flags.Error) as error:
         if not _is_for_user(error):
             raise
         text = " ".join(str(error).split())
@@ -184,16 +184,20 @@ def start(main: Callable[[], None], *, with_config: bool = False) -> None:
 
 
 def _is_for_user(error: BaseException) -> bool:
-    """Faults of input: flags, files, and ValueErrors that this project itself raises.
+    """Faults of input: flags, files, and ValueErrors that a `raise` of this project made.
 
-    A ValueError out of a library is a defect of ours, and keeps its traceback.
+    A ValueError out of a library or a builtin is a defect of ours, and keeps its traceback. (JAX
+    takes its own frames out of tracebacks: that the last one is ours proves nothing.)
     """
     if isinstance(error, OSError | flags.Error):
         return True
-    frames = traceback.extract_tb(error.__traceback__)
-    root = str(Path(__file__).resolve().parents[1])
-    inside = str(Path(frames[-1].filename).resolve()).startswith(root)
-    return isinstance(error, ValueError) and inside
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    assert last is not None
+    package = last.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    instruction = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]]
+    return package in ("refine_af", "__main__") and instruction == "RAISE_VARARGS"
 
 
 def _set_up_jax() -> None:

@@ -8,7 +8,7 @@ from absl import flags as absl_flags
 
 from refine_af import base_model, records, tokens
 from refine_af.base_model import BaseModel
-from refine_af.config import Lora, Mesh, Model, Sampling
+from refine_af.config import Lora, Mesh, Model, Sampling, from_dict
 from refine_af.engine import Engine, Request
 from refine_af.launch import flags
 from refine_af.progress import bar
@@ -47,16 +47,20 @@ def request_of(row: dict[str, Any], number: int, default: Sampling, base: BaseMo
             raise ValueError(f"row {number}: expected a string 'prompt' or 'prompt_token_ids'")
         ids = tokens.encode_prompt(base.tokenizer, row["prompt"], _FORMAT.value)
     vocab = base.config.vocab_size
-    if not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
+    usable = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab for i in ids)
+    if not usable:
         raise ValueError(f"row {number}: prompt_token_ids must be integers from 0 to {vocab - 1}")
     own = {name: row[name] for name in _OWN & row.keys()}
-    if "stop" in own:
-        own["stop"] = tuple([own["stop"]] if isinstance(own["stop"], str) else own["stop"])
+    if isinstance(own.get("stop"), str):
+        own["stop"] = (own["stop"],)
     try:
-        sampling = dataclasses.replace(default, **own)
-    except (ValueError, TypeError) as error:
+        sampling = from_dict(Sampling, dataclasses.asdict(default) | own)
+    except ValueError as error:
         raise ValueError(f"row {number}: {error}") from None
-    return Request(tuple(ids), sampling, int(row.get("seed", _SEED.value + number)))
+    seed = row.get("seed", _SEED.value + number)
+    if type(seed) is not int:
+        raise ValueError(f"row {number}: seed={seed!r}: expected int")
+    return Request(tuple(ids), sampling, seed)
 
 
 def main() -> None:

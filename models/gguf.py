@@ -34,6 +34,7 @@ _KEYS = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
+_PRE_TOKENIZER = "smollm"  # single digits, then ByteLevel; other names split text differently
 _CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
 
 
@@ -54,7 +55,14 @@ def open_file(path: Path) -> gguf.GGUFReader:
 
 
 def read_config(reader: gguf.GGUFReader, *, dtype: str, param_dtype: str) -> ModelConfig:
-    """Model config from the file's metadata."""
+    """Model config from the file's metadata.
+
+    Raises:
+        ValueError: a field is missing, or positions are scaled in a way that is not supported.
+    """
+    scaling = reader.fields.get("llama.rope.scaling.type")
+    if scaling is not None and scaling.contents() != "none":
+        raise ValueError(f"GGUF file: rope scaling {scaling.contents()!r} is not supported")
     heads = _field(reader, "llama.attention.head_count")
     embed_dim = _field(reader, "llama.embedding_length")
     return ModelConfig(
@@ -117,6 +125,9 @@ def read_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
         raise ValueError(
             f"GGUF tokenizer {kind!r} is not supported; expected gpt2 (byte-level BPE)"
         )
+    pre = _field(reader, "tokenizer.ggml.pre")
+    if pre != _PRE_TOKENIZER:
+        raise ValueError(f"GGUF pre-tokenizer {pre!r} is not supported; expected {_PRE_TOKENIZER}")
     tokens: list[str] = _field(reader, "tokenizer.ggml.tokens")
     types: list[int] = _field(reader, "tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]

@@ -23,6 +23,17 @@ from refine_af.models.transformer import Params
 # Buffers that old checkpoints carry and that are recomputed here.
 _DROPPED_SUFFIXES = ("rotary_emb.inv_freq",)
 
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "rms_norm_eps",
+)
+_MISTRAL_WINDOW = 4096  # what transformers takes when a config.json does not name one
+
 ReadTensor = Callable[[str], np.ndarray]
 
 
@@ -39,11 +50,16 @@ def read_config(directory: Path, *, dtype: str, param_dtype: str) -> ModelConfig
         raise ValueError(f"{path}: not found; expected a Hugging Face model directory") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: expected a JSON object")
     family = raw.get("model_type")
     if family not in FAMILIES:
         raise ValueError(
             f"{path}: model_type={family!r} is not supported; expected one of {sorted(FAMILIES)}"
         )
+    absent = [key for key in _REQUIRED if key not in raw]
+    if absent:
+        raise ValueError(f"{path}: lacks {', '.join(absent)}")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     _refuse_options(path, raw, rope)
     heads = raw["num_attention_heads"]
@@ -60,7 +76,7 @@ def read_config(directory: Path, *, dtype: str, param_dtype: str) -> ModelConfig
         rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta", 1e4)),
         norm_eps=raw["rms_norm_eps"],
         tie_embeddings=raw.get("tie_word_embeddings", False),
-        sliding_window=raw.get("sliding_window") if family == "mistral" else None,
+        sliding_window=raw.get("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None,
         dtype=dtype,
         param_dtype=param_dtype,
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from refine_af.models.config import LoraConfig
@@ -18,7 +19,8 @@ def merge(base: Params, adapter: Params, config: LoraConfig) -> Params:
         if not isinstance(node, dict):
             return node
         if "lora_a" in adapted:
-            delta = jnp.matmul(adapted["lora_a"], adapted["lora_b"]) * config.scale
+            a, b = adapted["lora_a"], adapted["lora_b"]
+            delta = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST) * config.scale
             kernel = node["kernel"]
             return {**node, "kernel": (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)}
         return {key: visit(child, adapted.get(key, {})) for key, child in node.items()}

@@ -8,12 +8,14 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import typing
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
 PROMPT_FORMATS = ("raw", "chat")  # as it is; as the user's turn of a chat
 SFT_FORMATS = ("alpaca", "chat")
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # of a block, by the names of models.layers
 
 
 def require(condition: bool, what: str) -> None:
@@ -27,6 +29,20 @@ def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     near = difflib.get_close_matches(value, allowed, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     require(value in allowed, f"{name}={value!r}: expected one of {allowed}{hint}")
+
+
+def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
+    """Raise ValueError unless each named field of `config` is at least `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        require(value >= minimum, f"{section}{name}={value}: expected at least {minimum}")
+
+
+def require_positive(config: Any, section: str, *names: str) -> None:
+    """Raise ValueError unless each named field of `config` is above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{section}{name}={value}: expected > 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +65,18 @@ class Lora:
 
     rank: int = 16
     alpha: float = 32.0
-    pattern: str = "q|k|v|o|gate|up|down"
+    pattern: str = "|".join(LINEARS)
 
     def __post_init__(self) -> None:
         """Validate."""
-        require(self.rank > 0, f"lora.rank={self.rank}: expected at least 1")
+        require_at_least(1, self, "lora.", "rank")
+        require_positive(self, "lora.", "alpha")
+        where = f"lora.pattern={self.pattern!r}: expected a regular expression"
+        try:
+            found = any(re.fullmatch(self.pattern, name) for name in LINEARS)
+        except re.error as error:
+            raise ValueError(f"{where} ({error})") from None
+        require(found, f"{where} that is, in full, one of {LINEARS}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,10 +94,9 @@ class Sampling:
         """Validate."""
         require(self.temperature >= 0, f"temperature={self.temperature}: expected >= 0")
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: expected in (0, 1]")
-        require(self.top_k >= 0, f"top_k={self.top_k}: expected >= 0")
-        require(
-            self.max_new_tokens > 0, f"max_new_tokens={self.max_new_tokens}: expected at least 1"
-        )
+        require_at_least(0, self, "", "top_k")
+        require_at_least(1, self, "", "max_new_tokens")
+        require("" not in self.stop, f"stop={self.stop}: expected strings that are not empty")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +114,9 @@ class Instructions:
 
     def __post_init__(self) -> None:
         """Validate."""
-        require(self.num_instructions > 0, "instructions.num_instructions: expected at least 1")
+        counts = ("num_instructions", "max_batches", "batch_size")
+        require_at_least(1, self, "instructions.", *counts)
+        require_at_least(0, self, "instructions.", "num_seed_demos", "num_generated_demos")
         require(
             0 <= self.classification_share <= 1,
             f"instructions.classification_share={self.classification_share}: expected in [0, 1]",
@@ -115,7 +139,7 @@ class Prompts:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("prompts.format", self.format, PROMPT_FORMATS)
-        require(self.num_demos >= 0, f"prompts.num_demos={self.num_demos}: expected >= 0")
+        require_at_least(0, self, "prompts.", "num_demos")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -161,18 +185,20 @@ class Ppo:
 
     def __post_init__(self) -> None:
         """Validate."""
-        require(self.num_steps > 0, f"ppo.num_steps={self.num_steps}: expected at least 1")
-        require(self.num_epochs > 0, f"ppo.num_epochs={self.num_epochs}: expected at least 1")
+        counts = ("num_steps", "batch_size", "num_epochs", "num_minibatches", "num_microbatches")
+        require_at_least(1, self, "ppo.", *counts)
+        require_at_least(1, self, "ppo.", "kl_horizon", "checkpoint_every", "keep_checkpoints")
+        require_at_least(0, self, "ppo.", "warmup_steps", "value_coef", "entropy_coef", "kl_coef")
+        sizes = ("learning_rate", "max_grad_norm", "adam_eps", "clip_eps", "value_clip_eps")
+        require_positive(self, "ppo.", *sizes, "kl_target")
         pieces = self.num_minibatches * self.num_microbatches
         require(
-            pieces > 0 and self.batch_size % pieces == 0,
+            self.batch_size % pieces == 0,
             f"ppo.batch_size={self.batch_size}: must be a multiple of num_minibatches*"
             f"num_microbatches={pieces}",
         )
-        require(self.learning_rate > 0, f"ppo.learning_rate={self.learning_rate}: expected > 0")
         require(0 <= self.gamma <= 1, f"ppo.gamma={self.gamma}: expected in [0, 1]")
         require(0 <= self.gae_lambda <= 1, f"ppo.gae_lambda={self.gae_lambda}: expected in [0, 1]")
-        require(self.checkpoint_every > 0, "ppo.checkpoint_every: expected at least 1")
         require(self.sampling.temperature > 0, "ppo.sampling.temperature: PPO must sample, use > 0")
 
 
@@ -184,6 +210,11 @@ class Instances:
     answers_per_instruction: int  # samples drawn for each
     max_per_instruction: int = 5  # kept for each
     sampling: Sampling
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        counts = ("batch_size", "answers_per_instruction", "max_per_instruction")
+        require_at_least(1, self, "instances.", *counts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,10 +236,16 @@ class Sft:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("sft.format", self.format, SFT_FORMATS)
+        counts = ("num_epochs", "batch_size", "num_microbatches", "max_length", "checkpoint_every")
+        require_at_least(1, self, "sft.", *counts)
+        require_positive(self, "sft.", "learning_rate", "max_grad_norm")
         require(
-            self.num_microbatches > 0 and self.batch_size % self.num_microbatches == 0,
+            self.batch_size % self.num_microbatches == 0,
             f"sft.batch_size={self.batch_size}: must be a multiple of num_microbatches="
             f"{self.num_microbatches}",
+        )
+        require(
+            0 <= self.warmup_share <= 1, f"sft.warmup_share={self.warmup_share}: expected in [0, 1]"
         )
         require(0 <= self.eval_share < 1, f"sft.eval_share={self.eval_share}: expected in [0, 1)")
 
@@ -229,11 +266,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("evaluation.format", self.format, PROMPT_FORMATS)
-        require(
-            self.num_examples >= 0, f"evaluation.num_examples={self.num_examples}: expected >= 0"
-        )
-        require(self.max_instances > 0, "evaluation.max_instances: expected at least 1")
-        require(self.batch_size > 0, "evaluation.batch_size: expected at least 1")
+        require_at_least(0, self, "evaluation.", "num_examples")
+        counts = ("max_instances", "max_source_tokens", "batch_size", "max_new_tokens")
+        require_at_least(1, self, "evaluation.", *counts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,6 +296,10 @@ class Experiment:
     sft: Sft
     evaluation: Evaluation
 
+    def __post_init__(self) -> None:
+        """Validate."""
+        require_at_least(0, self, "", "seed")
+
 
 def config_hash(config: Experiment) -> str:
     """Sixteen hex digits that change with any field."""
@@ -268,12 +307,31 @@ def config_hash(config: Experiment) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def from_dict(cls: type[Any], values: dict[str, Any]) -> Any:
-    """Rebuild a (nested) config dataclass, which validates it; lists become tuples."""
+def from_dict(cls: type[Any], values: dict[str, Any], path: str = "") -> Any:
+    """Rebuild a (nested) config dataclass, which validates it.
+
+    A whole number becomes a float, and a list a tuple, where the field is one.
+
+    Raises:
+        ValueError: a value, named after `path`, has the wrong type or is not possible.
+    """
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        value = values[field.name]
+        name, value = path + field.name, values[field.name]
         if dataclasses.is_dataclass(field.type):
-            value = from_dict(typing.cast(type, field.type), value)
-        fields[field.name] = tuple(value) if isinstance(value, list | tuple) else value
+            fields[field.name] = from_dict(typing.cast(type, field.type), value, f"{name}.")
+        else:
+            fields[field.name] = _typed(name, field.type, value)
     return cls(**fields)
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind in (bool, int, float, str):
+        require(type(value) is kind, f"{name}={value!r}: expected {kind.__name__}")
+        return value
+    assert kind == tuple[str, ...], f"{name}: fields of type {kind} cannot be read"
+    strings = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+    require(strings, f"{name}={value!r}: expected strings")
+    return tuple(value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -225,11 +226,14 @@ class FinetuningStage:
     def _export(self, adapter: Params) -> None:
         """Merge the adapter and write weights, config and tokenizer for transformers."""
         directory = self.workdir / EXPORT
-        directory.mkdir(parents=True, exist_ok=True)
+        partial = directory.with_name("hf.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         merged = lora.merge(self.base.params, adapter, lora_config(self.config.sft.lora))
-        hf.write_params(self.base.config, merged, directory)
-        self.base.tokenizer.save_pretrained(str(directory))
-        hf.write_config(self.base.config, directory, eos_ids=self.base.eos_ids)
+        hf.write_params(self.base.config, merged, partial)
+        self.base.tokenizer.save_pretrained(str(partial))
+        hf.write_config(self.base.config, partial, eos_ids=self.base.eos_ids)
+        partial.rename(directory)
 
 
 _jit_response_loss = jax.jit(functools.partial(response_loss, remat=False), static_argnums=0)
@@ -251,5 +255,5 @@ def tuned_adapter(config: Experiment, base: BaseModel, workdir: Path) -> Params:
 
 
 def finished(workdir: Path) -> bool:
-    """Whether the export, the stage's last act, is there (config.json is written last)."""
-    return (workdir / EXPORT / "config.json").exists()
+    """Whether the export, the stage's last act, is there."""
+    return (workdir / EXPORT).is_dir()

@@ -108,14 +108,13 @@ def select(
             faults.append((completion.text, reason or "unparsable"))
         elif pair in pairs:
             faults.append((completion.text, "duplicate"))
-        elif len(pairs) == limit:
-            faults.append((completion.text, "over_quota"))
         else:
             pairs[pair] = completion.text
     inputs = [x for x, _ in pairs if x]
     if len(set(inputs)) < len(inputs):
         return [], faults + [(text, "conflicting_outputs") for text in pairs.values()]
-    return list(pairs), faults
+    surplus = list(pairs.values())[limit:]
+    return list(pairs)[:limit], faults + [(text, "over_quota") for text in surplus]
 
 
 def fault(pair: tuple[str, str] | None, finish_reason: str) -> str | None:

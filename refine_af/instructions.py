@@ -45,7 +45,8 @@ _BLACKLIST = (
     "go to",
 )
 _BLACKLISTED = re.compile(r"\b(" + "|".join(_BLACKLIST) + r")\b", re.IGNORECASE)
-_NEXT_ITEM = re.compile(r"\n\s*\d+\s*\.")
+_NUMBER = re.compile(r"^\d+\s*\.(?!\d)\s*")  # of an item; 3.14 is none
+_NEXT_ITEM = re.compile(r"\n\s*\d+\s*\.(?!\d)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +77,9 @@ def parse(text: str, *, cut: bool) -> tuple[list[str], list[str]]:
     Args:
         cut: the text ended by length, so that its last item is incomplete.
     """
-    items = [_collapse(item) for item in _NEXT_ITEM.split("\n" + text.strip("\n"))]
-    items = [re.sub(r"^\d+\s*\.\s*", "", item) for item in items]
-    items = [item for item in items if item]
-    return (items[:-1], items[-1:]) if cut else (items, [])
+    items = [_NUMBER.sub("", _collapse(item)) for item in _NEXT_ITEM.split("\n" + text)]
+    complete, rest = (items[:-1], items[-1:]) if cut else (items, [])
+    return [item for item in complete if item], [item for item in rest if item]
 
 
 def unusable(instruction: str) -> str | None:

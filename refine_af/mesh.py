@@ -47,10 +47,13 @@ def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.
     return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), auto, devices=devices)
 
 
-def spec(axes: Axes, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
+def spec(
+    axes: Axes, shape: tuple[int, ...], mesh: jax.sharding.Mesh, head_dim: int = 1
+) -> PartitionSpec:
     """Partition of an array with logical `axes`.
 
-    An axis that its mesh axis does not divide stays whole (3 kv heads on 2 devices, say).
+    An axis that its mesh axis does not divide stays whole (3 kv heads on 2 devices, say). Heads
+    of `head_dim` entries are never cut.
 
     Raises:
         ValueError: an axis has no rule, or two axes claim one mesh axis.
@@ -64,7 +67,8 @@ def spec(axes: Axes, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> Partiti
     names = []
     for axis, size in zip(axes, shape, strict=True):
         name = RULES[axis]
-        names.append(name if name is not None and size % mesh.shape[name] == 0 else None)
+        pieces = size // head_dim if axis in ("heads", "kv_heads") else size
+        names.append(name if name is not None and pieces % mesh.shape[name] == 0 else None)
     return PartitionSpec(*names)
 
 
@@ -75,7 +79,7 @@ def param_shardings(
 
     def sharding(leaf: tuple[jax.ShapeDtypeStruct, Axes]) -> NamedSharding:
         shape, axes = leaf
-        return NamedSharding(mesh, spec(axes, shape.shape, mesh))
+        return NamedSharding(mesh, spec(axes, shape.shape, mesh, model.head_dim))
 
     trees = transformer.logical_axes(model, lora, stacked=stacked)
     return tuple(

@@ -43,7 +43,7 @@ def claim(config: Experiment, workdir: Path, *, force: bool) -> None:
     path = workdir / CONFIG
     mine = config_hash(config)
     if path.exists() and not force:
-        theirs = json.loads(path.read_text()).get("hash")
+        theirs = records.read_json(path).get("hash")
         if theirs != mine:
             raise ValueError(
                 f"{path}: this workdir was made with config {theirs}, not {mine}; take another "
@@ -95,26 +95,33 @@ class Run:
         return rows
 
 
-def generate_instructions(run: Run) -> None:
+# A stage returns whether there was anything to do.
+
+
+def generate_instructions(run: Run) -> bool:
     """Stage 1."""
     stage = InstructionStage(run.config, run.seeds, run.workdir)
-    if not stage.complete:
-        engine = run.engine(run.config.instructions.batch_size)
-        stage.run(engine, run.base.for_sampling(None, run.config.ppo.lora))
+    if stage.complete:
+        return False
+    engine = run.engine(run.config.instructions.batch_size)
+    stage.run(engine, run.base.for_sampling(None, run.config.ppo.lora))
+    return True
 
 
-def train_ppo(run: Run) -> None:
+def train_ppo(run: Run) -> bool:
     """Stage 2."""
     rows = run.accepted(instructions.ACCEPTED, "generate_instructions")
-    if rlaf.steps_done(run.workdir) < run.config.ppo.num_steps:
-        texts = [row["instruction"] for row in rows]
-        RlafStage(run.config, run.base, run.oracle(), run.seeds, texts, run.workdir).run()
+    if rlaf.steps_done(run.workdir) >= run.config.ppo.num_steps:
+        return False
+    texts = [row["instruction"] for row in rows]
+    RlafStage(run.config, run.base, run.oracle(), run.seeds, texts, run.workdir).run()
+    return True
 
 
-def generate_instances(run: Run) -> None:
+def generate_instances(run: Run) -> bool:
     """Stage 3, and the data set."""
     if (run.workdir / "dataset/README.md").exists():
-        return
+        return False
     rows = run.accepted(instructions.ACCEPTED, "generate_instructions")
     adapter = rlaf.tuned_adapter(run.config, run.base, run.workdir)
     params = run.base.for_sampling(adapter, run.config.ppo.lora)
@@ -125,21 +132,24 @@ def generate_instances(run: Run) -> None:
         records.read_rows(run.workdir / instances.REJECTED),
         run.workdir / "dataset",
     )
+    return True
 
 
-def finetune(run: Run) -> None:
+def finetune(run: Run) -> bool:
     """Fine-tuning of the base model on the accepted instances."""
     rows = run.accepted(instances.ACCEPTED, "generate_instances")
-    if not finetuning.finished(run.workdir):
-        FinetuningStage(run.config, run.base, rows, run.workdir).run()
+    if finetuning.finished(run.workdir):
+        return False
+    FinetuningStage(run.config, run.base, rows, run.workdir).run()
+    return True
 
 
-def evaluate(run: Run) -> None:
+def evaluate(run: Run) -> bool:
     """Scores of the base model and of the fine-tuned one."""
     options = run.config.evaluation
     tasks = evaluation.load_tasks(options)
     if (run.workdir / SCORES).exists():
-        return
+        return False
     adapters = {
         "base": None,
         "refine_af": finetuning.tuned_adapter(run.config, run.base, run.workdir),
@@ -151,14 +161,16 @@ def evaluate(run: Run) -> None:
         params = run.base.for_sampling(adapter, run.config.sft.lora)
         evaluation.predict(engine, params, asked, options, predictions, arm)
     evaluation.write_scores(tasks, predictions, run.workdir / SCORES)
+    return True
 
 
-def report(run: Run) -> None:
-    """`report.html` from whatever stages have run."""
+def report(run: Run) -> bool:
+    """`report.html` from whatever stages have run; not timed, since it shows the timings."""
     print(f"report: {write_report(run.workdir)}")
+    return False
 
 
-STAGES: dict[str, Callable[[Run], None]] = {
+STAGES: dict[str, Callable[[Run], bool]] = {
     "generate_instructions": generate_instructions,
     "train_ppo": train_ppo,
     "generate_instances": generate_instances,
@@ -171,10 +183,12 @@ STAGES: dict[str, Callable[[Run], None]] = {
 def run_stage(run: Run, name: str) -> None:
     """Run one stage and add its wall time to the workdir's timings."""
     began = time.monotonic()
+    worked = True  # also when it is interrupted
     try:
-        STAGES[name](run)
+        worked = STAGES[name](run)
     finally:
-        path = run.workdir / TIMINGS
-        timings = json.loads(path.read_text()) if path.exists() else {}
-        timings[name] = round(timings.get(name, 0.0) + time.monotonic() - began, 2)
-        records.write_text(path, json.dumps(timings, indent=1) + "\n")
+        if worked:
+            path = run.workdir / TIMINGS
+            timings = records.read_json(path)
+            timings[name] = round(timings.get(name, 0.0) + time.monotonic() - began, 2)
+            records.write_text(path, json.dumps(timings, indent=1) + "\n")

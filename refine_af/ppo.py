@@ -152,9 +152,9 @@ def adapt_kl_coef(
 ) -> Float[Array, ""]:
     """Adaptive controller (arXiv 1909.08593, section 2.2): steer the KL of an answer to `target`.
 
-    `coef *= 1 + clip(kl / target - 1, -.2, .2) * batch_size / horizon`.
+    `coef *= 1 + clip(kl / target - 1, -.2, .2) * batch_size / horizon`; a KL of NaN leaves it.
     """
-    error = jnp.clip(kl / target - 1.0, -0.2, 0.2)
+    error = jnp.where(jnp.isnan(kl), 0.0, jnp.clip(kl / target - 1.0, -0.2, 0.2))
     return kl_coef * (1.0 + error * batch_size / horizon)
 
 

@@ -9,6 +9,7 @@ from refine_af import config as config_lib
 from refine_af.seeds import SeedTask
 
 HEADER = "Come up with an example for each task: an input, which may be empty, and the output.\n\n"
+_INPUT = re.compile(r"^\s*Input:")  # a chat model says it again
 _OUTPUT = re.compile(r"\n\s*Output:")
 
 
@@ -49,5 +50,5 @@ def parse_instance(completion: str, *, accept_unmarked: bool) -> tuple[str, str]
     """
     parts = _OUTPUT.split("\n" + completion, maxsplit=1)
     if len(parts) == 2:
-        return parts[0].strip(), parts[1].strip()
+        return _INPUT.sub("", parts[0]).strip(), parts[1].strip()
     return ("", completion.strip()) if accept_unmarked else None

@@ -52,6 +52,23 @@ def parse_lines(lines: Iterable[str], path: Path, strings: Sequence[str] = ()) -
     return rows
 
 
+def read_json(path: Path) -> Row:
+    """Content of a JSON file; {} when there is none.
+
+    Raises:
+        ValueError: the file is not a JSON object.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
+
+
 def to_line(row: Row) -> str:
     """One line of JSON with its newline."""
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"

@@ -80,10 +80,15 @@ def judge(
         ended: whether the answer came to its end; otherwise `missing_end_penalty` is subtracted.
 
     Raises:
-        ValueError: the oracle gave something that is not a finite number.
+        ValueError: the oracle gave something that is not a finite number, or not one an example.
     """
     usable = [example for example in examples if example is not None]
     table = oracle(usable) if usable else {}
+    for name, column in table.items():
+        if len(column) != len(usable):
+            raise ValueError(
+                f"reward oracle gave {len(column)} values of {name!r} for {len(usable)} examples"
+            )
     rows = iter(range(len(usable)))
     judgements = []
     for example, complete in zip(examples, ended, strict=True):

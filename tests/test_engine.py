@@ -98,12 +98,23 @@ def test_rows_of_a_batch_have_their_own_max_new_tokens() -> None:
 
 
 def test_a_seed_fixes_the_text_and_another_seed_changes_it() -> None:
-    seeds = (1, 2, 1, 2**32 + 1)  # a seed counts modulo 2^32
+    seeds = (1, 2, 1 + 2**16, 1, 1 + 2**32)  # a seed counts modulo 2^32
     nucleus = dataclasses.replace(SAMPLING, top_p=0.9)
     requests = [Request(encode("same"), nucleus, seed) for seed in seeds]
-    first, other, *same = ids_of(engine().generate(tiny_params(), requests))
-    assert first != other
-    assert same == [first, first]
+    first, *others, again, wrapped = ids_of(engine().generate(tiny_params(), requests))
+    assert first not in others
+    assert again == wrapped == first
+
+
+def test_the_n_th_token_is_drawn_with_the_n_th_random_number_of_its_seed() -> None:
+    """All weights zero: each of V tokens has probability 1/V, so number u draws token floor(uV)."""
+    zeros = jax.tree.map(jnp.zeros_like, tiny_params())
+    request = Request(encode("?"), SAMPLING, seed=7)
+    (completion,) = engine(eos_ids=()).generate(zeros, [request])
+    key, vocab = jax.random.key(7), TINY.vocab_size
+    uniform = jax.vmap(lambda n: jax.random.uniform(jax.random.fold_in(key, n)))(jnp.arange(40))
+    assert completion.token_ids == tuple((uniform * vocab).astype(int).tolist())
+    np.testing.assert_allclose(completion.logprobs, -np.log(vocab), atol=1e-5)
 
 
 def test_no_requests_give_no_completions() -> None:
@@ -318,6 +329,16 @@ def test_an_axis_that_does_not_divide_stays_whole() -> None:
     devices = mesh.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
     assert mesh.spec(("embed", "vocab"), (8, 9), devices) == jax.P("fsdp", None)
     assert mesh.spec(("embed", "vocab"), (6, 10), devices) == jax.P(None, "tensor")
+
+
+def test_a_head_is_never_cut() -> None:
+    """SmolLM2 has 9 heads and 3 kv heads of 64: 2 does not divide them, though it divides 192."""
+    devices = mesh.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
+    base, _ = mesh.param_shardings(PRESETS["smollm2-135m"], None, devices)
+    layers = base["layers"]
+    assert layers["attention"]["k"]["kernel"].spec == jax.P(None, "fsdp", None)
+    assert layers["attention"]["o"]["kernel"].spec == jax.P(None, None, "fsdp")
+    assert layers["feed_forward"]["up"]["kernel"].spec == jax.P(None, "fsdp", "tensor")
 
 
 def test_an_axis_without_a_rule_is_an_error() -> None:

@@ -209,6 +209,13 @@ def version_unlike_changelog(root: Path) -> list[str]:
 # The rules on this checkout
 
 
+def files_missing_from_the_readme(root: Path) -> list[str]:
+    """The README's tree has a line, or a place in one, for every module."""
+    tree = (root / "README.md").read_text(encoding="utf-8")
+    modules = [p for p in python_files(root) if p.name != "__init__.py"]
+    return [f"README.md does not name {path}" for path in modules if path.name not in tree]
+
+
 RULES: list[Callable[[Path], list[str]]] = [
     upward_imports,
     bare_imports,
@@ -220,6 +227,7 @@ RULES: list[Callable[[Path], list[str]]] = [
     names_that_say_nothing,
     scripts_unlike_programs,
     version_unlike_changelog,
+    files_missing_from_the_readme,
 ]
 
 
@@ -267,6 +275,7 @@ class Sampler:
 """
 SOUND = {
     "pyproject.toml": PYPROJECT,
+    "README.md": "config.py llama2.py ppo.py demo.py _cli.py flags.py train_ppo.py",
     "CHANGELOG.md": "# Changelog\n## [Unreleased]\n## [0.2.0]\n## [0.1.0]\n",
     **{f"{folder}/__init__.py": "" for folder in LAYERS},
     "seeds/evaluation/one.json": "{}",
@@ -379,6 +388,11 @@ def test_import_is_caught(rule, path, text, name, tmp_path):
             {"pyproject.toml": PYPROJECT.replace("_cli:train_ppo", "_cli:train")},
             "console script refine-af-train-ppo: refine_af.launch._cli:train, "
             "expected refine_af.launch._cli:train_ppo",
+        ),
+        (
+            files_missing_from_the_readme,
+            {"models/t5.py": ""},
+            "README.md does not name models/t5.py",
         ),
         (
             version_unlike_changelog,

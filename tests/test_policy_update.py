@@ -31,80 +31,119 @@ from refine_af.training import TrainState
 CONFIG = tiny.get_config()
 TINY = PRESETS["tiny"]
 ROWS, PROMPT, ANSWER = 8, 24, 16
-# 2 epochs of 2 minibatches: steps that follow other steps. lr so large that ratios leave 1 +- eps.
-OPTIONS = dataclasses.replace(CONFIG.ppo, num_microbatches=1, learning_rate=1e-2)
-ONE_STEP = dataclasses.replace(OPTIONS, num_epochs=1, num_minibatches=1)
+COLD = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=ANSWER)
+HOT = Sampling(temperature=1.7, top_k=12, max_new_tokens=ANSWER)
+# 2 epochs of 2 minibatches: steps that follow other steps; ratios soon leave 1 +- eps.
+OPTIONS = dataclasses.replace(CONFIG.ppo, num_microbatches=1, clip_eps=0.02, sampling=COLD)
+ONE_STEP = dataclasses.replace(OPTIONS, num_epochs=1, num_minibatches=1, sampling=HOT)
+# With an optimizer that changes nothing and keeps the gradient as its state.
+GRADIENT = dataclasses.replace(
+    ONE_STEP, num_microbatches=2, gamma=0.98, entropy_coef=0.01, kl_coef=0.2, sampling=COLD
+)
 EOS = tuple(range(4, 34))  # so many that random text ends now and then
+
+Sizes = tuple[int, int, int]  # of a mesh
+ONE_DEVICE: Sizes = (1, 1, 1)
 
 
 @functools.cache
-def base(data: int = 1, fsdp: int = 1, tensor: int = 1) -> BaseModel:
-    """Random weights with logits of order 1 on a mesh of these sizes."""
-    sizes = config_lib.Mesh(data=data, fsdp=fsdp, tensor=tensor)
-    mesh = mesh_lib.make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
-    params, _ = transformer.init(TINY, key=jax.random.key(0))
+def base(sizes: Sizes = ONE_DEVICE) -> BaseModel:
+    """Random weights with logits of order 1."""
+    axes = config_lib.Mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    mesh = mesh_lib.make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return (mean + 0.12 * rng.standard_normal(shape.shape)).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: transformer.init(TINY, key=jax.random.key(0)))[0]
     params = jax.device_put(
-        jax.tree.map(lambda x: 5 * x, params), mesh_lib.param_shardings(TINY, None, mesh)[0]
+        jax.tree_util.tree_map_with_path(draw, shapes),
+        mesh_lib.param_shardings(TINY, None, mesh)[0],
     )
     return BaseModel(TINY, transformer.define(TINY), params, byte_tokenizer(), EOS, mesh)
 
 
-def new_state(base: BaseModel, noise: int | None = None) -> TrainState:
+@functools.cache
+def fresh_state(sizes: Sizes) -> TrainState:
+    return rlaf.new_state(CONFIG, base(sizes))
+
+
+def new_state(noise: int | None = None, sizes: Sizes = ONE_DEVICE) -> TrainState:
     """State before the first step; `noise` seeds weights as if after some training."""
-    state = rlaf.new_state(CONFIG, base)
-    if noise is None:
-        return state
     rng = np.random.default_rng(noise)
 
-    def draw(x: jax.Array) -> jax.Array:
-        return jax.device_put(0.2 * rng.standard_normal(x.shape).astype(np.float32), x.sharding)
+    def copy(x: jax.Array) -> jax.Array:
+        return jax.device_put(np.array(x), x.sharding)  # updates eat the state they are given
 
-    return state._replace(params=jax.tree.map(draw, state.params))
+    def draw(x: jax.Array) -> jax.Array:
+        return jax.device_put(0.1 * rng.standard_normal(x.shape, np.float32), x.sharding)
+
+    state = jax.tree.map(copy, fresh_state(sizes))
+    return state if noise is None else state._replace(params=jax.tree.map(draw, state.params))
 
 
 @functools.cache
-def answers(sampling: Sampling, noise: int | None) -> tuple[Rollout, tuple[Completion, ...]]:
+def answers(
+    noise: int | None = 1, sampling: Sampling = COLD
+) -> tuple[Rollout, tuple[Completion, ...]]:
     """Host arrays of prompts of different lengths, and what the policy wrote to them."""
     rng = np.random.default_rng(0)
     requests = [
         Request(tuple(rng.integers(4, 260, 5 + 2 * row).tolist()), sampling, seed=row)
         for row in range(ROWS)
     ]
-    home = base()
-    engine = Engine(TINY, home.tokenizer, home.mesh, EOS, ROWS)
-    params = home.for_sampling(new_state(home, noise).params["adapter"], OPTIONS.lora)
+    engine = Engine(TINY, base().tokenizer, base().mesh, EOS, ROWS)
+    params = base().for_sampling(new_state(noise).params["adapter"], OPTIONS.lora)
     completions = engine.generate(params, requests)
     rows = rollout.build(requests, completions, rng.normal(size=ROWS).tolist(), PROMPT, ANSWER)
     return jax.tree.map(np.asarray, rows), tuple(completions)
 
 
-PLAIN = Sampling(temperature=1.0, max_new_tokens=ANSWER)
-make_update = functools.cache(policy_update.make_update)
-
-
-def read(home: BaseModel, state: TrainState, rows: Rollout, temperature: float = 1.0) -> Reading:
+def read(
+    state: TrainState,
+    rows: Rollout,
+    temperature: float = COLD.temperature,
+    sizes: Sizes = ONE_DEVICE,
+) -> Reading:
+    home = base(sizes)
     policy = home.adapted(OPTIONS.lora)
     return rollout.jit_read(
         policy, home.definition, home.params, state.params, rows, temperature, 2
     )
 
 
+@functools.cache
+def make_update(options: Ppo) -> Any:
+    keep = optax.GradientTransformation(
+        lambda params: optax.tree.zeros_like(params),
+        lambda grads, _, params: (optax.tree.zeros_like(params), grads),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if options == GRADIENT:
+            patch.setattr(policy_update, "optimizer", lambda _: keep)
+        return policy_update.make_update(base().adapted(options.lora), options)
+
+
 def update(
     options: Ppo = OPTIONS,
     noise: int | None = 1,
     *,
-    home: BaseModel | None = None,
+    sizes: Sizes = ONE_DEVICE,
     key: int = 0,
+    reading: Reading | None = None,
     **rows: Any,
 ) -> tuple[TrainState, dict[str, float]]:
     """One update of a state on answers that its policy drew; `rows` replaces arrays of these."""
-    home = home or base()
-    drawn, _ = answers(dataclasses.replace(options.sampling, max_new_tokens=ANSWER), noise)
-    batch = shard_batch(home.mesh, drawn._replace(**rows))
-    state = new_state(home, noise)
-    reading = read(home, state, batch, options.sampling.temperature)
-    run = make_update(home.adapted(options.lora), options)
-    state, metrics = run(home.params, state, batch, reading, jax.random.key(key))
+    batch = answers(noise, options.sampling)[0]._replace(**rows)
+    batch = shard_batch(base(sizes).mesh, batch)
+    state = new_state(noise, sizes)._replace(kl_coef=jnp.asarray(options.kl_coef))
+    reading = reading or read(state, batch, options.sampling.temperature, sizes)
+    if options == GRADIENT:
+        state = state._replace(opt_state=optax.tree.zeros_like(state.params))
+    run = make_update(options)
+    state, metrics = run(base(sizes).params, state, batch, reading, jax.random.key(key))
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -125,44 +164,35 @@ def distance(first: TrainState, second: TrainState) -> float:
 # Before anything is learnt
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        PLAIN,
-        dataclasses.replace(PLAIN, temperature=0.6, top_p=0.7),
-        dataclasses.replace(PLAIN, temperature=1.7, top_k=12),
-    ],
-    ids=["plain", "cold-top-p", "hot-top-k"],
-)
-def test_identical_weights_have_no_kl_and_ratio_1(sampling: Sampling) -> None:
-    state, metrics = update(dataclasses.replace(ONE_STEP, sampling=sampling), noise=None)
+@pytest.mark.parametrize("options", [GRADIENT, ONE_STEP], ids=["cold, top-p", "hot, top-k"])
+def test_identical_weights_have_no_kl_and_ratio_1(options: Ppo) -> None:
+    """Whatever the temperature, and whatever top-k and top-p kept from being drawn."""
+    _, metrics = update(options, noise=None)
     assert (metrics["kl/k1"], metrics["kl/k3"], metrics["ppo/clip_fraction"]) == (0, 0, 0)
     assert metrics["ppo/ratio_max"] == pytest.approx(1, abs=1e-5)
     assert metrics["ppo/approx_kl"] < 1e-10
-    assert distance(state, new_state(base())) > 0, "there was something to learn"
+    assert metrics["ppo/grad_norm"] > 0.01, "there was something to learn"
 
 
 @pytest.mark.parametrize("noise", [None, 1])
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
+@pytest.mark.parametrize("sampling", [COLD, HOT], ids=["cold, top-p", "hot, top-k"])
 def test_sampler_and_trainer_agree_on_log_probabilities(
-    noise: int | None, temperature: float
+    noise: int | None, sampling: Sampling
 ) -> None:
-    sampling = dataclasses.replace(PLAIN, temperature=temperature)
-    rows, completions = answers(sampling, noise)
-    reading = read(base(), new_state(base(), noise), rows, temperature)
-    assert rollout.drift(completions, reading) < 1e-4
-    other = read(base(), new_state(base(), 2), rows, temperature)
-    assert rollout.drift(completions, other) > 0.1, "drift would not notice other weights"
+    rows, completions = answers(noise, sampling)
+    heat = sampling.temperature
+    assert rollout.drift(completions, read(new_state(noise), rows, heat)) < 1e-4
+    other = rollout.drift(completions, read(new_state(2), rows, heat))
+    assert other > 0.1, "drift would not notice other weights"
 
 
 def test_the_critic_starts_at_zero() -> None:
-    state = new_state(base())
-    assert not state.params["value_head"]["kernel"].any()
-    assert not read(base(), state, answers(PLAIN, None)[0]).values.any()
+    assert not new_state().params["value_head"]["kernel"].any()
+    assert not read(new_state(), answers(None)[0]).values.any()
 
 
 def test_an_answer_cut_by_length_is_not_rewarded_as_ended() -> None:
-    _, completions = answers(PLAIN, 1)
+    _, completions = answers()
     ended = [c.finish_reason == "stop" for c in completions]
     assert ended == [c.token_ids[-1] in EOS for c in completions]
     assert 0 < sum(ended) < ROWS, "both kinds are needed"
@@ -187,8 +217,8 @@ def test_microbatches_change_nothing(pieces: int) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 4, 2)], ids=["data8", "fsdp4-tensor2"])
-def test_a_mesh_changes_nothing(sizes: tuple[int, int, int]) -> None:
-    state, metrics = update(home=base(*sizes))
+def test_a_mesh_changes_nothing(sizes: Sizes) -> None:
+    state, metrics = update(sizes=sizes)
     expected_state, expected_metrics = update()
     assert_close(metrics, expected_metrics, 1e-5)
     assert_close(state, expected_state, 1e-5)
@@ -241,16 +271,12 @@ def test_the_base_never_changes() -> None:
 # Numbers that are not finite
 
 
-def with_nan(row: int = 3) -> np.ndarray:
-    score = np.array(answers(PLAIN, 1)[0].score)
-    score[row] = np.nan
-    return score
-
-
 def test_a_nan_reward_is_skipped_and_counted() -> None:
-    """Whitening spreads it over the batch, so no step can be taken."""
-    before = new_state(base(), 1)
-    state, metrics = update(score=with_nan())
+    """Whitening spreads it over the batch, so that no step can be taken."""
+    score = np.array(answers()[0].score)
+    score[3] = np.nan
+    before = new_state(1)
+    state, metrics = update(score=score)
     assert np.isnan(metrics["ppo/grad_norm"])
     assert (int(state.skipped), int(state.step)) == (4, 1)
     assert_equal(state.params, before.params)
@@ -258,27 +284,30 @@ def test_a_nan_reward_is_skipped_and_counted() -> None:
     assert np.isfinite(state.kl_coef)
 
 
-def test_steps_without_the_nan_are_taken() -> None:
-    options = dataclasses.replace(OPTIONS, whiten_advantages=False)
-    state, _ = update(options, score=with_nan())
-    assert int(state.skipped) == 2, "one minibatch of each epoch"
-    assert steps_taken(state) == {2}
-    assert np.isfinite(distance(state, new_state(base(), 1)))
-    assert distance(state, new_state(base(), 1)) > 1e-3
-
-
 def test_a_reading_that_is_not_finite_leaves_the_controller_alone() -> None:
-    rows, _ = answers(PLAIN, 1)
-    state = new_state(base(), 1)
-    reading = read(base(), state, rows)
+    reading = read(new_state(1), answers()[0])
     broken = reading._replace(logprobs=reading.logprobs.at[0, 0].set(jnp.nan))
-    run = make_update(base().adapted(OPTIONS.lora), OPTIONS)
-    state, _ = run(base().params, state, shard_batch(base().mesh, rows), broken, jax.random.key(0))
+    state, _ = update(reading=broken)
     assert (int(state.skipped), float(state.kl_coef)) == (4, pytest.approx(OPTIONS.kl_coef))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_gradient_costs_one_step_and_the_next_is_taken(bad: float) -> None:
+    optimizer = optax.adam(0.1)
+    start = training.new_state({"a": jnp.ones(2), "b": jnp.ones(())}, optimizer, 0.0)
+    good = {"a": jnp.ones(2), "b": jnp.ones(())}
+    skipped, norm = training.guarded_step(optimizer, start, good | {"b": jnp.asarray(bad)})
+    assert (int(skipped.skipped), bool(jnp.isfinite(norm))) == (1, False)
+    assert_equal(skipped._replace(skipped=start.skipped), start)
+    after, norm = training.guarded_step(optimizer, skipped, good)
+    direct, _ = training.guarded_step(optimizer, start, good)
+    assert_equal(after._replace(skipped=start.skipped), direct)
+    assert (int(after.skipped), float(norm)) == (1, pytest.approx(3**0.5))
+    assert distance(after, start) > 0.1
+
+
 def test_too_many_skipped_steps_stop_the_run() -> None:
-    state = new_state(base())._replace(skipped=jnp.asarray(3, jnp.int32))
+    state = new_state()._replace(skipped=jnp.asarray(3, jnp.int32))
     training.check_skipped(state, 3, "ppo step 7")
     with pytest.raises(ValueError, match=r"ppo step 7: 3 steps had a gradient that is not finite"):
         training.check_skipped(state, 2, "ppo step 7")
@@ -362,36 +391,17 @@ def plain_loss(model: Torch, rows: Rollout, old: Reading, options: Ppo) -> torch
     return mean[0] + options.value_coef * mean[1] - options.entropy_coef * mean[2]
 
 
-@pytest.fixture
-def gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An optimizer that changes nothing and keeps the gradient as its state."""
-    keep = optax.GradientTransformation(
-        lambda params: optax.tree.zeros_like(params),
-        lambda grads, _, params: (optax.tree.zeros_like(params), grads),
-    )
-    monkeypatch.setattr(policy_update, "optimizer", lambda _: keep)
-
-
 @pytest.mark.parametrize("drawn_by", [1, 2], ids=["same-weights", "other-weights"])
-def test_the_gradient_is_that_of_a_plain_transcription(
-    drawn_by: int, gradients: None, tmp_path: Path
-) -> None:
+def test_the_gradient_is_that_of_a_plain_transcription(drawn_by: int, tmp_path: Path) -> None:
     """With other weights for the reading, ratios leave the clipping range in both directions."""
-    sampling = dataclasses.replace(PLAIN, temperature=0.8)
-    options = dataclasses.replace(
-        ONE_STEP, sampling=sampling, gamma=0.98, entropy_coef=0.01, num_microbatches=2
-    )
-    rows, _ = answers(sampling, 1)
-    state = new_state(base(), 1)
-    model = Torch(tmp_path, state)
-    reading = read(base(), new_state(base(), drawn_by), rows, sampling.temperature)
-    loss = plain_loss(model, rows, jax.tree.map(np.asarray, reading), options)
+    rows, _ = answers()
+    model = Torch(tmp_path, new_state(1))
+    reading = read(new_state(drawn_by), rows)
+    loss = plain_loss(model, rows, jax.tree.map(np.asarray, reading), GRADIENT)
     loss.backward()
-    run = policy_update.make_update(base().adapted(options.lora), options)
-    batch = shard_batch(base().mesh, rows)
-    state, metrics = run(base().params, state, batch, reading, jax.random.key(0))
-    assert (float(metrics["ppo/clip_fraction"]) > 0.2) == (drawn_by == 2)
-    assert float(metrics["ppo/loss"]) == pytest.approx(loss.item(), abs=1e-5)
+    state, metrics = update(GRADIENT, reading=reading)
+    assert (metrics["ppo/clip_fraction"] > 0.2) == (drawn_by == 2)
+    assert metrics["ppo/loss"] == pytest.approx(loss.item(), abs=1e-5)
     expected = jax.tree.map(lambda leaf: leaf.grad.numpy(), model.trainable)
     assert optax.tree.norm(expected["adapter"]) > 0.1
     assert_close(state.opt_state, expected, 1e-5)

@@ -238,6 +238,7 @@ def test_value_loss_is_the_worse_of_plain_and_clipped(
         (60.0, 1 + 0.2 * 256 / 10_000),
         (5.4, 1 - 0.1 * 256 / 10_000),
         (-3.0, 1 - 0.2 * 256 / 10_000),
+        (np.nan, 1.0),
     ],
 )
 def test_the_controller_moves_in_proportion_and_at_most_a_fifth(kl: float, factor: float) -> None:

@@ -1,0 +1,255 @@
+"""Configs: what is refused and how, what survives the way through dictionaries, what is hashed."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from refine_af import config as config_lib
+from refine_af.config import Experiment, config_hash, from_dict
+from refine_af.configs import smollm2_135m, tiny
+
+CONFIGS = {"tiny": tiny.get_config(), "smollm2_135m": smollm2_135m.get_config()}
+TINY = CONFIGS["tiny"]
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of every field that is no config itself."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def with_value(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Copy of nested dictionaries with one leaf set."""
+    head, _, rest = path.partition(".")
+    return values | {head: with_value(values[head], rest, value) if rest else value}
+
+
+def changed(path: str, value: Any, config: Experiment = TINY) -> Experiment:
+    """The config with one field set, built anew and so validated."""
+    return from_dict(Experiment, with_value(dataclasses.asdict(config), path, value))
+
+
+LEAVES = dict(leaves(TINY))
+# Values that are possible instead of the tiny config's, where one more is not.
+OTHERS = {
+    "model.dtype": "bfloat16",
+    "model.param_dtype": "bfloat16",
+    "instructions.classification_share": 0.5,
+    "instructions.max_similarity": 0.5,
+    "prompts.format": "chat",
+    "ppo.gamma": 0.5,
+    "ppo.gae_lambda": 0.5,
+    "ppo.batch_size": 16,
+    "ppo.num_minibatches": 4,
+    "ppo.num_microbatches": 4,
+    "ppo.lora.pattern": "q|k",
+    "sft.lora.pattern": "q|k",
+    "sft.format": "chat",
+    "sft.batch_size": 8,
+    "sft.num_microbatches": 4,
+    "sft.warmup_share": 0.5,
+    "sft.eval_share": 0.5,
+    "evaluation.format": "chat",
+}
+
+
+def other(path: str) -> Any:
+    """A possible value that is not the tiny config's."""
+    value = LEAVES[path]
+    if path in OTHERS:
+        return OTHERS[path]
+    if path.endswith("top_p"):
+        return 0.5
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return (*value, "END")
+    return value + ("x" if isinstance(value, str) else 1)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_shipped_configs_survive_the_way_through_dictionaries(config: Experiment) -> None:
+    """Also through JSON, which has no tuples: a workdir's config.json."""
+    for values in (dataclasses.asdict(config), json.loads(json.dumps(dataclasses.asdict(config)))):
+        again = from_dict(Experiment, values)
+        assert again == config
+        assert config_hash(again) == config_hash(config)
+
+
+def test_lists_become_tuples_and_whole_numbers_floats() -> None:
+    assert changed("ppo.sampling.stop", ["a", "b"]).ppo.sampling.stop == ("a", "b")
+    coefficient = changed("ppo.kl_coef", 1).ppo.kl_coef
+    assert (coefficient, type(coefficient)) == (1.0, float)
+    assert config_hash(changed("ppo.kl_coef", 1)) == config_hash(changed("ppo.kl_coef", 1.0))
+
+
+@pytest.mark.parametrize("path", LEAVES)
+def test_the_hash_changes_with_every_field(path: str) -> None:
+    config = changed(path, other(path))
+    assert dict(leaves(config)) == LEAVES | {path: other(path)}
+    assert config_hash(config) != config_hash(TINY)
+    assert len(config_hash(config)) == 16
+
+
+def test_nothing_can_be_set_afterwards() -> None:
+    parts = [getattr(TINY, field.name) for field in dataclasses.fields(TINY)]
+    for config in (TINY, TINY.ppo.lora, TINY.ppo.sampling, *parts):
+        if dataclasses.is_dataclass(config):
+            for field in dataclasses.fields(config):
+                with pytest.raises(dataclasses.FrozenInstanceError):
+                    setattr(config, field.name, None)
+
+
+def counts(section: str, names: str) -> dict[str, str]:
+    return {f"{section}{name}": f"{section}{name}=0: expected at least 1" for name in names.split()}
+
+
+def sizes(section: str, names: str) -> dict[str, str]:
+    return {f"{section}{name}": f"{section}{name}=0.0: expected > 0" for name in names.split()}
+
+
+AT_LEAST_ONE = {
+    **counts("instructions.", "num_instructions max_batches batch_size"),
+    **counts("ppo.", "num_steps batch_size num_epochs num_minibatches num_microbatches"),
+    **counts("ppo.", "kl_horizon checkpoint_every keep_checkpoints"),
+    **counts("instances.", "batch_size answers_per_instruction max_per_instruction"),
+    **counts("sft.", "num_epochs batch_size num_microbatches max_length checkpoint_every"),
+    **counts("evaluation.", "max_instances max_source_tokens batch_size max_new_tokens"),
+    "ppo.lora.rank": "lora.rank=0: expected at least 1",
+    "ppo.sampling.max_new_tokens": "max_new_tokens=0: expected at least 1",
+}
+ABOVE_ZERO = {
+    **sizes("ppo.", "learning_rate max_grad_norm adam_eps clip_eps value_clip_eps kl_target"),
+    **sizes("sft.", "learning_rate max_grad_norm"),
+    "sft.lora.alpha": "lora.alpha=0.0: expected > 0",
+}
+
+
+@pytest.mark.parametrize(("path", "message"), (AT_LEAST_ONE | ABOVE_ZERO).items(), ids=str)
+def test_zero_is_refused(path: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        changed(path, 0)
+    assert str(error.value) == message
+
+
+NOT_NEGATIVE = {
+    "seed": "seed=-1: expected at least 0",
+    "instructions.num_seed_demos": "instructions.num_seed_demos=-1: expected at least 0",
+    "instructions.num_generated_demos": "instructions.num_generated_demos=-1: expected at least 0",
+    "prompts.num_demos": "prompts.num_demos=-1: expected at least 0",
+    "ppo.warmup_steps": "ppo.warmup_steps=-1: expected at least 0",
+    "ppo.value_coef": "ppo.value_coef=-1.0: expected at least 0",
+    "ppo.entropy_coef": "ppo.entropy_coef=-1.0: expected at least 0",
+    "ppo.kl_coef": "ppo.kl_coef=-1.0: expected at least 0",
+    "ppo.sampling.temperature": "temperature=-1.0: expected >= 0",
+    "ppo.sampling.top_k": "top_k=-1: expected at least 0",
+    "evaluation.num_examples": "evaluation.num_examples=-1: expected at least 0",
+}
+
+
+@pytest.mark.parametrize(("path", "message"), NOT_NEGATIVE.items(), ids=str)
+def test_a_negative_number_is_refused(path: str, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        changed(path, -1)
+    assert str(error.value) == message
+
+
+WORDS = "('q', 'k', 'v', 'o', 'gate', 'up', 'down')"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            "model.dtype",
+            "bfloat",
+            "model.dtype='bfloat': expected one of ('float32', 'bfloat16'); "
+            "did you mean 'bfloat16'?",
+        ),
+        (
+            "model.param_dtype",
+            "int4",
+            "model.param_dtype='int4': expected one of ('float32', 'bfloat16')",
+        ),
+        (
+            "prompts.format",
+            "chats",
+            "prompts.format='chats': expected one of ('raw', 'chat'); did you mean 'chat'?",
+        ),
+        (
+            "sft.format",
+            "alpacca",
+            "sft.format='alpacca': expected one of ('alpaca', 'chat'); did you mean 'alpaca'?",
+        ),
+        (
+            "evaluation.format",
+            "",
+            "evaluation.format='': expected one of ('raw', 'chat')",
+        ),
+        (
+            "ppo.batch_size",
+            10,
+            "ppo.batch_size=10: must be a multiple of num_minibatches*num_microbatches=4",
+        ),
+        ("sft.batch_size", 3, "sft.batch_size=3: must be a multiple of num_microbatches=2"),
+        ("ppo.sampling.temperature", 0.0, "ppo.sampling.temperature: PPO must sample, use > 0"),
+        ("ppo.sampling.temperature", float("nan"), "temperature=nan: expected >= 0"),
+        ("ppo.sampling.top_p", 0.0, "top_p=0.0: expected in (0, 1]"),
+        ("ppo.sampling.top_p", 1.5, "top_p=1.5: expected in (0, 1]"),
+        ("ppo.sampling.stop", ("a", ""), "stop=('a', ''): expected strings that are not empty"),
+        ("ppo.gamma", 1.1, "ppo.gamma=1.1: expected in [0, 1]"),
+        ("ppo.gae_lambda", -0.1, "ppo.gae_lambda=-0.1: expected in [0, 1]"),
+        ("sft.warmup_share", 1.1, "sft.warmup_share=1.1: expected in [0, 1]"),
+        ("sft.eval_share", 1.0, "sft.eval_share=1.0: expected in [0, 1)"),
+        (
+            "instructions.classification_share",
+            2.0,
+            "instructions.classification_share=2.0: expected in [0, 1]",
+        ),
+        (
+            "instructions.max_similarity",
+            0.0,
+            "instructions.max_similarity=0.0: expected in (0, 1]",
+        ),
+        (
+            "sft.lora.pattern",
+            "q|(",
+            "lora.pattern='q|(': expected a regular expression "
+            "(missing ), unterminated subpattern at position 2)",
+        ),
+        (
+            "sft.lora.pattern",
+            "q_proj",
+            "lora.pattern='q_proj': expected a regular expression that is, in full, "
+            f"one of {WORDS}",
+        ),
+        # Types, which a config file can get wrong.
+        ("ppo.num_steps", 2.5, "ppo.num_steps=2.5: expected int"),
+        ("ppo.num_steps", True, "ppo.num_steps=True: expected int"),
+        ("ppo.learning_rate", "1e-3", "ppo.learning_rate='1e-3': expected float"),
+        ("ppo.whiten_advantages", 1, "ppo.whiten_advantages=1: expected bool"),
+        ("model.source", None, "model.source=None: expected str"),
+        ("instances.sampling.stop", "\n", "instances.sampling.stop='\\n': expected strings"),
+        ("instances.sampling.stop", (1,), "instances.sampling.stop=(1,): expected strings"),
+    ],
+)
+def test_impossible_values_are_refused(path: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        changed(path, value)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in vars(config_lib).values() if dataclasses.is_dataclass(kind)]
+)
+def test_every_leaf_has_a_type_that_can_be_read(kind: type[Any]) -> None:
+    for field in dataclasses.fields(kind):
+        readable = field.type in (bool, int, float, str, tuple[str, ...])
+        assert readable or dataclasses.is_dataclass(field.type), field.name

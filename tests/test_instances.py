@@ -1,0 +1,292 @@
+"""Stage 3 and the prompt that it shares with stage 2: parsing, filters, batches, the data set."""
+
+import dataclasses
+import types
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import numpy as np
+import pytest
+
+from refine_af import dataset, instances, prompts, records, seeds
+from refine_af.configs import tiny
+from refine_af.engine import Completion, Request
+from refine_af.instances import InstanceStage, fault, select
+from refine_af.models.byte_tokenizer import byte_tokenizer
+from refine_af.prompts import parse_instance
+from refine_af.seeds import Instance, SeedTask
+
+# The prompt
+
+
+def seed_task(number: int, text: str = "") -> SeedTask:
+    pair = Instance(f"in {number}", f"out {number}{text}")
+    return SeedTask(f"s{number}", f"Task {number}.", (pair, Instance("never", "shown")), False)
+
+
+def test_the_prompt_ends_where_the_input_is_to_be_written() -> None:
+    text = prompts.instance_prompt("Sing.", [seed_task(1)], 1, np.random.default_rng(0))
+    assert text == (
+        "Come up with an example for each task: an input, which may be empty, and the output.\n\n"
+        "Task: Task 1.\nInput: in 1\nOutput: out 1\n\n"
+        "Task: Sing.\nInput:"
+    )
+
+
+def test_demonstrations_are_drawn_without_repetition() -> None:
+    shown = [seed_task(i) for i in range(4)]
+    rng = np.random.default_rng(0)
+    texts = [prompts.instance_prompt("Sing.", shown, 3, rng) for _ in range(8)]
+    assert len(set(texts)) > 2
+    for text in texts:
+        drawn = [line for line in text.split("\n") if line.startswith("Task: Task")]
+        assert len(set(drawn)) == 3
+    assert prompts.instance_prompt("Sing.", shown, 0, rng) == prompts.HEADER + "Task: Sing.\nInput:"
+
+
+def test_only_short_seeds_are_shown() -> None:
+    options = dataclasses.replace(tiny.get_config().prompts, num_demos=2, max_demo_chars=16)
+    short = [seed_task(1), seed_task(2)]
+    assert len("Task 1." + "in 1" + "out 1") == 16
+    assert prompts.demos([*short, seed_task(3, "!")], options) == short
+    message = r"max_demo_chars=16: only 1 seed tasks are that short, prompts.num_demos=2 are needed"
+    with pytest.raises(ValueError, match=message):
+        prompts.demos([short[0], seed_task(3, "!")], options)
+
+
+# Parsing
+
+
+@pytest.mark.parametrize(
+    ("completion", "pair"),
+    [
+        (" 1 2\nOutput: 3", ("1 2", "3")),
+        (" 1 2\n  Output:3 \n", ("1 2", "3")),
+        ("\nOutput: 3", ("", "3")),
+        ("Output: 3", ("", "3")),
+        (" 1\n2\n\nOutput: 3\n4", ("1\n2", "3\n4")),
+        (" 1\nOutput: 2\nOutput: 3", ("1", "2\nOutput: 3")),
+        (" 1\nOutput:", ("1", "")),
+        ("Input: 1\nOutput: 2", ("1", "2")),
+        (" the Input: 1\nOutput: 2", ("the Input: 1", "2")),
+        ("1, Output: 2", None),
+        ("1\noutput: 2", None),
+        ("", None),
+    ],
+)
+def test_an_answer_is_an_input_and_an_output(completion: str, pair: tuple[str, str] | None) -> None:
+    assert parse_instance(completion, accept_unmarked=False) == pair
+    assert parse_instance(completion, accept_unmarked=True) == (pair or ("", completion.strip()))
+
+
+# Filters
+
+
+@pytest.mark.parametrize(
+    ("pair", "finish_reason", "reason"),
+    [
+        (("1", "2"), "stop", None),
+        (("", "2"), "stop", None),
+        (("1", "2: 3"), "stop", None),
+        (None, "stop", "unparsable"),
+        (None, "length", "unparsable"),
+        (("1", ""), "stop", "empty_output"),
+        (("", ""), "length", "empty_output"),
+        (("1", "2"), "length", "truncated"),
+        (("1", "1"), "stop", "input_equals_output"),
+        (("1:", "2"), "stop", "ends_with_colon"),
+        (("1", "2:"), "stop", "ends_with_colon"),
+    ],
+)
+def test_an_answer_alone_has_at_most_one_fault(
+    pair: tuple[str, str] | None, finish_reason: str, reason: str | None
+) -> None:
+    assert fault(pair, finish_reason) == reason
+
+
+def completions(*pairs: tuple[str, str] | str) -> list[Completion]:
+    """Answers of these pairs; a plain text is taken as it is."""
+    texts = [p if isinstance(p, str) else f" {p[0]}\nOutput: {p[1]}" for p in pairs]
+    return [Completion(text, (), (), "stop") for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("answers", "kept", "reasons"),
+    [
+        ([("1", "a"), ("2", "b")], [("1", "a"), ("2", "b")], []),
+        ([("1", "a"), ("1", "a")], [("1", "a")], ["duplicate"]),
+        ([("", "a"), ("", "b")], [("", "a"), ("", "b")], []),  # no input, no conflict
+        ([("1", "a"), ("2", "b"), ("1", "c")], [], ["conflicting_outputs"] * 3),
+        ([("1", "a"), ("1", "1"), ("", "")], [("1", "a")], ["input_equals_output", "empty_output"]),
+        (["plain", ("1", "a")], [("1", "a")], ["unparsable"]),
+        ([(str(i), "a") for i in range(5)], [(str(i), "a") for i in range(3)], ["over_quota"] * 2),
+        ([("1", "a"), ("2", "a"), ("3", "a"), ("1", "b")], [], ["conflicting_outputs"] * 4),
+        ([], [], []),
+    ],
+    ids=str,
+)
+def test_answers_to_one_instruction_are_sifted(
+    answers: list[Any], kept: list[tuple[str, str]], reasons: list[str]
+) -> None:
+    """At most three are kept; a conflict past the limit counts as well."""
+    pairs, faults = select(completions(*answers), limit=3, accept_unmarked=False)
+    assert pairs == kept
+    assert [reason for _, reason in faults] == reasons
+    assert len(pairs) + len(faults) == len(answers)
+    assert {text for text, _ in faults} <= {c.text for c in completions(*answers)}
+
+
+def test_unmarked_text_is_an_output_when_the_config_says_so() -> None:
+    pairs, faults = select(completions("la la", "la la"), limit=3, accept_unmarked=True)
+    assert (pairs, faults) == ([("", "la la")], [("la la", "duplicate")])
+
+
+# Batches, with an engine that needs no model
+
+BASE = types.SimpleNamespace(config=None, tokenizer=byte_tokenizer(), mesh=None, eos_ids=(2,))
+TASKS = [
+    {"id": f"t{i}", "instruction": f"Do number {i}.", "is_classification": i % 3 == 0}
+    for i in range(10)
+]  # 3 batches of up to 4
+
+
+def says(request: Request) -> Completion:
+    """Answers that depend on the prompt and the seed, of few words, so that some collide."""
+    rng = np.random.default_rng(zlib.crc32(repr((request.prompt_ids, request.seed)).encode()))
+    words = ["red", "blue", "", "two:"]
+    first, second = rng.choice(words, 2, p=[0.4, 0.3, 0.2, 0.1])
+    reason = "length" if rng.random() < 0.1 else "stop"
+    text = f" {first}\nOutput: {second}" if rng.random() < 0.9 else " "
+    return Completion(text, (), (), reason)
+
+
+class FakeEngine:
+    """In place of `Engine`; keeps all requests."""
+
+    requests: ClassVar[list[list[Request]]] = []
+
+    def __init__(self, *args: Any) -> None:
+        *_, self.batch_size = args
+
+    def generate(
+        self, params: Any, requests: Sequence[Request], progress: Callable[[int], None]
+    ) -> list[Completion]:
+        assert len(requests) <= self.batch_size
+        self.requests.append(list(requests))
+        progress(1)
+        return [says(request) for request in requests]
+
+
+@pytest.fixture(autouse=True)
+def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
+    monkeypatch.setattr(instances, "Engine", FakeEngine)
+    monkeypatch.setattr(FakeEngine, "requests", [])
+    return FakeEngine
+
+
+def run(workdir: Path) -> None:
+    config = tiny.get_config()
+    config = dataclasses.replace(
+        config, prompts=dataclasses.replace(config.prompts, accept_unmarked_output=False)
+    )
+    InstanceStage(config, BASE, seeds.load(), TASKS, workdir).run({})
+
+
+def contents(workdir: Path) -> list[bytes]:
+    return [(workdir / name).read_bytes() for name in (instances.ACCEPTED, instances.REJECTED)]
+
+
+def test_every_answer_ends_in_one_of_the_files(tmp_path: Path, engine: type[FakeEngine]) -> None:
+    run(tmp_path)
+    kept, dropped = (
+        records.read_rows(tmp_path / name) for name in (instances.ACCEPTED, instances.REJECTED)
+    )
+    assert len(kept) + len(dropped) == 4 * len(TASKS)
+    by_id = {task["id"]: task for task in TASKS}
+    for row in kept:
+        task = by_id[row["id"]]
+        assert row["instruction"] == task["instruction"]
+        assert row["is_classification"] == task["is_classification"]
+        assert fault((row["input"], row["output"]), "stop") is None
+    pairs = Counter((row["id"], row["input"], row["output"]) for row in kept)
+    assert set(pairs.values()) == {1}
+    with_input = Counter((row["id"], row["input"]) for row in kept if row["input"])
+    assert set(with_input.values()) == {1}
+    assert {row["batch"] for row in kept + dropped} == {0, 1, 2}
+    assert len({row["reason"] for row in dropped}) >= 6
+
+
+def test_requests_ask_for_each_instruction_with_its_own_seed(
+    tmp_path: Path, engine: type[FakeEngine]
+) -> None:
+    run(tmp_path)
+    assert [len(batch) for batch in engine.requests] == [16, 16, 8]
+    requests = [request for batch in engine.requests for request in batch]
+    assert len({request.seed for request in requests}) == len(requests)
+    for number, request in enumerate(requests):
+        text = BASE.tokenizer.decode(request.prompt_ids)
+        assert text.startswith(prompts.HEADER)
+        assert text.endswith(f"\n\nTask: Do number {number // 4}.\nInput:")
+        assert request.sampling == tiny.get_config().instances.sampling
+
+
+@pytest.mark.parametrize("crash", range(6))
+def test_a_crash_before_any_write_changes_nothing(
+    crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole")
+    append, left = records.append_rows, crash
+
+    def fail(path: Path, rows: list[records.Row]) -> None:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        append(path, rows)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(records, "append_rows", fail)
+        run(tmp_path / "twice")
+    run(tmp_path / "twice")
+    assert contents(tmp_path / "twice") == contents(tmp_path / "whole")
+
+
+def test_a_second_run_makes_the_last_batch_again_with_the_same_result(
+    tmp_path: Path, engine: type[FakeEngine]
+) -> None:
+    run(tmp_path)
+    before = contents(tmp_path)
+    engine.requests.clear()
+    run(tmp_path)
+    assert [len(batch) for batch in engine.requests] == [8]
+    assert contents(tmp_path) == before
+
+
+# The data set
+
+
+def test_the_data_set_loads_with_its_features_and_says_what_was_dropped(tmp_path: Path) -> None:
+    rows = [
+        {"id": "t0", "instruction": "Add.", "input": "1 2", "output": "3", "batch": 0},
+        {"id": "t0", "instruction": "Add.", "input": "2 2", "output": "4", "batch": 0},
+        {"id": "t1", "instruction": "Sing — ♪.", "input": "", "output": "la\nla", "batch": 1},
+    ]
+    rows = [row | {"is_classification": row["id"] == "t1"} for row in rows]
+    dropped = [{"reason": "truncated"}, {"reason": "truncated"}, {"reason": "duplicate"}]
+    dataset.write_dataset(tiny.get_config(), rows, dropped, tmp_path)
+    table = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"), cache_dir=str(tmp_path))
+    assert table.to_list() == [{k: v for k, v in row.items() if k != "batch"} for row in rows]
+    card = (tmp_path / "README.md").read_text()
+    assert "3 triplets (instruction, input, output) for 2 instructions" in card
+    assert card.index("| truncated | 2 |") < card.index("| duplicate | 1 |")
+    assert "| rows with an input | 2 |" in card
+    assert "| classification rows | 1 |" in card
+
+
+def test_a_data_set_without_rows_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no instance was accepted; see the reasons in rejected_"):
+        dataset.write_dataset(tiny.get_config(), [], [], tmp_path)

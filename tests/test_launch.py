@@ -1,0 +1,492 @@
+"""The programs: flags, help, one-line errors, and the files that they read and write."""
+
+import json
+import operator
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from absl import flags as absl_flags
+
+from refine_af import config as config_lib
+from refine_af import mesh, pipeline, records, tokens
+from refine_af.config import Experiment, config_hash
+from refine_af.launch import _cli, flags
+
+TINY = flags.load_config("tiny")
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+STAGE = ("train_ppo", "--config=tiny")
+CONFIGS = "['smollm2_135m', 'tiny']"
+NOT_FOUND = f"not found; expected a .py file or one of {CONFIGS}"
+UNKNOWN_FLAG = "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"
+
+
+class Result(NamedTuple):
+    """How a program ended, and what it printed."""
+
+    code: int | str | None
+    out: str
+    err: str
+
+
+Program = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def only_its_own_flags() -> Iterator[None]:
+    """absl's flags are those of one process: what a test defines goes when it ends."""
+    known = set(absl_flags.FLAGS)
+    yield
+    forget_flags(known)
+
+
+def forget_flags(known: set[str]) -> None:
+    for name in set(absl_flags.FLAGS) - known:
+        delattr(absl_flags.FLAGS, name)
+    absl_flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def program(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Program:
+    """Run a program as its console script does, in this process and on its eight devices."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp()))
+
+    def run(name: str, *args: str) -> Result:
+        known = set(absl_flags.FLAGS)
+        monkeypatch.setattr(sys, "argv", [f"refine-af-{name}", *args])
+        code: int | str | None = 0
+        capsys.readouterr()
+        try:
+            getattr(_cli, name)()
+        except SystemExit as error:
+            code = error.code
+        finally:
+            forget_flags(known)
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+def refused(message: str) -> Result:
+    """Exit 2, one line on standard error, nothing on standard output."""
+    return Result(2, "", f"error: {message}\n")
+
+
+def jsonl(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+# Command lines
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "--config.ppo.num_step=3",
+            "--config.ppo.num_step: no such field; "
+            "nearest: ppo.num_steps, ppo.num_epochs, ppo.warmup_steps",
+        ),
+        (
+            "--config.ppo.num_steps=abc",
+            "flag --config.ppo.num_steps=abc: invalid literal for int() with base 10: 'abc'",
+        ),
+        ("--config.ppo.num_steps=0", "ppo.num_steps=0: expected at least 1"),
+        ("--config=tinny", f"--config=tinny: {NOT_FOUND}; did you mean tiny?"),
+        ("--config=x/y.py", f"--config=x/y.py: {NOT_FOUND}"),
+        ("--wrkdir=x", UNKNOWN_FLAG),
+        ("x", "unexpected argument 'x'; flags look like --name=value"),
+    ],
+)
+def test_a_faulty_command_line_is_refused_before_anything_is_written(
+    argument: str, message: str, program: Program, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    assert program(*STAGE, f"--workdir={workdir}", argument) == refused(message)
+    assert not workdir.exists()
+
+
+def test_a_config_is_needed_and_its_lack_hides_no_other_fault(program: Program) -> None:
+    needed = f"--config is required: one of {CONFIGS} or a .py file"
+    assert program("train_ppo") == refused(needed)
+    assert program("train_ppo", "--wrkdir=x") == refused(UNKNOWN_FLAG)
+
+
+@pytest.mark.parametrize("name", ["train_ppo", "pipeline", "evaluate"])
+def test_a_stage_needs_a_workdir(name: str, program: Program) -> None:
+    assert program(name, "--config=tiny") == refused("--workdir is required; see --help")
+
+
+# Help
+
+
+def test_every_program_has_its_console_script() -> None:
+    programs = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"flags"}
+    programs = {name for name in programs if not name.startswith("_")}
+    assert programs == {target.partition(":")[2] for target in SCRIPTS.values()}
+    assert all(hasattr(_cli, name) for name in programs)
+
+
+@pytest.mark.parametrize("name", [target.partition(":")[2] for target in SCRIPTS.values()])
+def test_help_shows_the_docstring_and_every_flag(name: str, program: Program) -> None:
+    source = (ROOT / f"launch/{name}.py").read_text()
+    wanted = {line.split('"')[1] for line in source.split("DEFINE_")[1:] if '"' in line}
+    wanted |= {"config"} if "with_config" in source else set()
+    wanted |= {"workdir", "force_config"} if "workdir_flags" in source else set()
+    for arguments in (["--help"], ["--seed=1", "-h"]):
+        code, out, err = program(name, *arguments)
+        assert (code, err) == (0, "")
+        assert out.startswith(source.split('"""')[1].strip().splitlines()[0])
+        shown = out.replace("--[no]", "--")
+        assert not [flag for flag in wanted if f"  --{flag}: " not in shown]
+    assert wanted
+
+
+# Workdirs
+
+
+def test_a_workdir_belongs_to_one_config(program: Program, tmp_path: Path) -> None:
+    """`--force_config` goes on with the new one: here to the next complaint."""
+    pipeline.claim(TINY, tmp_path, force=False)
+    other = (*STAGE, f"--workdir={tmp_path}", "--config.seed=1")
+    path = tmp_path / "config.json"
+    before = path.read_bytes()
+    mine = config_hash(config_lib.from_dict(Experiment, records.read_json(path)["config"]))
+    code, _, err = program(*other)
+    theirs = err.split(", not ")[1].split(";")[0]
+    assert (code, err) == (
+        2,
+        f"error: {path}: this workdir was made with config {mine}, not {theirs}; "
+        "take another --workdir, or --force_config to go on with the new one\n",
+    )
+    assert path.read_bytes() == before
+    lacking = f"{tmp_path / 'instructions.jsonl'}: no rows; run generate_instructions first"
+    assert program(*other, "--force_config") == refused(lacking)
+    assert records.read_json(path)["hash"] == theirs
+    assert program(*STAGE, f"--workdir={tmp_path}").code == 2, "it is the new config's now"
+
+
+def test_a_broken_config_json_is_named(program: Program, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    code, _, err = program(*STAGE, f"--workdir={tmp_path}")
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path / 'config.json'}: not valid JSON (")
+    assert err.count("\n") == 1
+
+
+def test_the_report_of_no_directory_is_refused(program: Program, tmp_path: Path) -> None:
+    where = tmp_path / "none"
+    message = f"no workdir at {where}: expected the directory of a run; check the path"
+    assert program("report", f"--workdir={where}") == refused(message)
+
+
+# Files that users give
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("score", "--config=tiny --output={0}/out --examples={0}/rows"),
+        ("generate", "--model=random:tiny --output={0}/out --prompts={0}/rows"),
+        ("evaluate", "--output={0}/out --predictions={0}/rows"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, ": no such file; expected JSONL"),
+        (b"\n \n", ": no rows; expected JSONL"),
+        (b'{"a": "\xff"}\n', ": not UTF-8 (invalid start byte at byte 7)"),
+        (b"[1]\n", ":1: expected a JSON object"),
+        (b"\nnull\n", ":2: expected a JSON object"),
+        (
+            b'\n\n{"a": \n',
+            ":3: not valid JSON (Expecting value: line 1 column 7 (char 6))",
+        ),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_line(
+    name: str,
+    arguments: str,
+    content: bytes | None,
+    message: str,
+    program: Program,
+    tmp_path: Path,
+) -> None:
+    if content is not None:
+        (tmp_path / "rows").write_bytes(content)
+    result = program(name, *arguments.format(tmp_path).split())
+    assert result == refused(f"{tmp_path / 'rows'}{message}")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "row", "field"),
+    [
+        ("score", "examples", {"instruction": "a", "input": "b"}, "output"),
+        ("score", "examples", {"instruction": "a", "input": 1, "output": "c"}, "input"),
+        ("evaluate", "predictions", {"id": "a"}, "prediction"),
+    ],
+)
+def test_a_row_that_lacks_a_string_is_named(
+    name: str, argument: str, row: dict[str, Any], field: str, program: Program, tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path / "rows", row)
+    config = ["--config=tiny"] if name == "score" else []
+    result = program(name, *config, f"--{argument}={path}", f"--output={tmp_path / 'out'}")
+    assert result == refused(f"{path}:1: {field!r} must be a string")
+
+
+def test_rows_may_hold_any_line_break_but_a_newline_and_begin_with_a_mark(tmp_path: Path) -> None:
+    rows = [{"text": "a\u2028b\x85c\x0bd"}, {"text": "e"}]
+    path = jsonl(tmp_path / "rows", *rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert flags.read_input(path, ["text"]) == rows
+
+
+# Faults
+
+
+def start(action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program"])
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    flags.start(action)
+
+
+def in_a_manager() -> None:
+    """A fault of ours inside a `with`."""
+    with pytest.MonkeyPatch.context():
+        config_lib.Sampling(temperature=-1, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (lambda: config_lib.require(False, "two\n lines"), "two lines"),
+        (in_a_manager, "temperature=-1: expected >= 0"),
+        (lambda: Path("/no").read_text(), "[Errno 2] No such file or directory: '/no'"),
+    ],
+)
+def test_faults_of_the_user_are_one_line(
+    action: Callable[[], Any],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        start(action, monkeypatch)
+    assert Result(exit.value.code, *capsys.readouterr()) == refused(message)
+
+
+@pytest.mark.parametrize(
+    ("action", "kind"),
+    [
+        (lambda: json.loads("{"), json.JSONDecodeError),  # a library's
+        (lambda: tokens.pad_right([[1, 2, 3]], 2), ValueError),  # NumPy's, in a line of ours
+        (lambda: mesh.spec(("embed",), (2, 2), mesh.make_mesh(TINY.mesh)), ValueError),  # zip's
+        (lambda: {}["missing"], KeyError),
+        (lambda: operator.truediv(1, 0), ZeroDivisionError),
+    ],
+)
+def test_defects_keep_their_traceback(
+    action: Callable[[], Any], kind: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(kind):
+        start(action, monkeypatch)
+
+
+def test_ctrl_c_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        start(lambda: signal.raise_signal(signal.SIGINT), monkeypatch)
+    result = Result(exit.value.code, *capsys.readouterr())
+    assert result == (130, "", "\nstopped; the same command goes on from here\n")
+
+
+# Programs that read and write files of the user
+
+
+KEYS = ["prompt", "completion", "prompt_token_ids", "token_ids", "logprobs", "finish_reason"]
+GENERATE = ("generate", "--model=random:tiny", "--max_new_tokens=6")
+
+
+def test_generate_answers_each_row_with_its_own_parameters(
+    program: Program, tmp_path: Path
+) -> None:
+    sampled = {"prompt": "ab", "temperature": 5, "seed": 7}
+    rows = [
+        {"prompt": "ab"},
+        {"prompt_token_ids": [68, 69], "max_new_tokens": 3},
+        {"prompt": "ab", "stop": "bb"},
+        {"prompt": "ab", "stop": ["no", "bbb"], "presence_penalty": -1},
+        sampled,
+        {"prompt_token_ids": [68, 69], **sampled, "mine": "ignored"},
+        sampled | {"seed": 8},
+        sampled | {"top_k": 1},
+    ]
+    prompts, output = jsonl(tmp_path / "rows", *rows), tmp_path / "new/out"
+    arguments = (*GENERATE, f"--prompts={prompts}", f"--output={output}")
+    code, out, _ = program(*arguments)
+    assert (code, out) == (0, "")
+    greedy, short, stopped, stops, first, same, other, top = found = records.read_rows(output)
+    assert all(list(row) == KEYS for row in found)
+    assert all(row["prompt_token_ids"] == [68, 69] for row in found)
+    assert [row["prompt"] for row in found] == [row.get("prompt", "") for row in rows]
+    assert all(len(row["logprobs"]) == len(row["token_ids"]) for row in found)
+    assert (greedy["completion"], greedy["finish_reason"]) == ("bbbbbb", "length")
+    assert short["token_ids"] == greedy["token_ids"][:3] == [69] * 3
+    assert (stopped["completion"], stopped["finish_reason"]) == ("", "stop")
+    assert stopped["token_ids"] == [69] * 2
+    assert stops["token_ids"] == [69] * 3
+    assert first["token_ids"] == same["token_ids"] != other["token_ids"] != greedy["token_ids"]
+    assert top["token_ids"] == greedy["token_ids"]
+    before = output.read_bytes()
+    assert program(*arguments, "--batch_size=3", "--seed=9").code == 0
+    assert output.read_bytes() == before
+
+
+def test_generate_prints_the_continuation_of_one_prompt(program: Program) -> None:
+    assert program(*GENERATE, "--prompt=ab")[:2] == (0, "bbbbbb\n")
+
+
+IDS = "prompt_token_ids must be integers from 0 to 259"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "row 1: expected a string 'prompt' or 'prompt_token_ids'"),
+        ({"prompt": 3}, "row 1: expected a string 'prompt' or 'prompt_token_ids'"),
+        ({"prompt_token_ids": 3}, f"row 1: {IDS}"),
+        ({"prompt_token_ids": [260]}, f"row 1: {IDS}"),
+        ({"prompt": "a", "top_p": 0}, "row 1: top_p=0.0: expected in (0, 1]"),
+        ({"prompt": "a", "temperature": "hot"}, "row 1: temperature='hot': expected float"),
+        ({"prompt": "a", "stop": 5}, "row 1: stop=5: expected strings"),
+        ({"prompt": "a", "max_new_tokens": 2.5}, "row 1: max_new_tokens=2.5: expected int"),
+        ({"prompt": "a", "seed": None}, "row 1: seed=None: expected int"),
+    ],
+)
+def test_generate_names_a_row_that_it_cannot_use(
+    row: dict[str, Any], message: str, program: Program, tmp_path: Path
+) -> None:
+    prompts, output = jsonl(tmp_path / "rows", {"prompt": "fine"}, row), tmp_path / "out"
+    assert program(*GENERATE, f"--prompts={prompts}", f"--output={output}") == refused(message)
+    assert not output.exists()
+
+
+def test_score_adds_the_reward_and_its_components(program: Program, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Say hello.", "input": "", "output": "hello", "mine": [1]},
+        {"instruction": "Say it.", "input": "yes\u2028no", "output": "yes"},
+    ]
+    examples, output = jsonl(tmp_path / "rows", *rows), tmp_path / "out"
+    files = (f"--examples={examples}", f"--output={output}")
+    result = program("score", "--config=tiny", "--config.reward.bias=2", *files)
+    assert result == (0, f"2 rows: {output}\n", "")
+    for row, scored in zip(rows, records.read_rows(output), strict=True):
+        assert list(scored) == [*row, "reward", "rew", "nat", "und", "coh"]
+        assert row.items() <= scored.items()
+        rest = 0.0078 * scored["rew"] - 0.4421 * scored["und"]
+        rest += 0.3212 * scored["nat"] + 0.1520 * scored["coh"]
+        assert scored["reward"] == pytest.approx(rest + 2)
+        assert scored["rew"] < 0 < scored["nat"] < 1
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    """A directory with one task of two test cases."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    cases = [{"id": f"echo-{i}", "input": text, "output": [text]} for i, text in enumerate("ab")]
+    task = {
+        "Definition": ["Repeat the input."],
+        "Categories": ["Echo"],
+        "Positive Examples": [{"input": "x", "output": "x"}],
+        "Instances": cases,
+    }
+    (folder / "task1_echo.json").write_text(json.dumps(task))
+    return folder
+
+
+def test_evaluate_scores_predictions(program: Program, tasks: Path, tmp_path: Path) -> None:
+    rows = [{"id": "echo-0", "prediction": "A."}, {"id": "other", "prediction": "b"}]
+    files = (f"--predictions={jsonl(tmp_path / 'rows', *rows)}", f"--output={tmp_path / 'out'}")
+    code, out, err = program("evaluate", f"--tasks={tasks}", *files)
+    scores = {"instances": 2, "exact_match": 50.0, "rougeL": 50.0}
+    assert (code, out, err) == (0, f"predictions: {json.dumps(scores)}\n", "")
+    assert records.read_json(tmp_path / "out/evaluation.json")["arms"] == {
+        "predictions": {
+            "tasks": {"task1_echo": {"category": "Echo", **scores}},
+            "categories": {"Echo": scores},
+            "all": scores,
+        }
+    }
+
+
+def test_evaluate_refuses_predictions_of_other_tasks(
+    program: Program, tasks: Path, tmp_path: Path
+) -> None:
+    path = jsonl(tmp_path / "rows", {"id": "a", "prediction": "b"})
+    files = (f"--predictions={path}", f"--output={tmp_path / 'out'}")
+    message = f"{path}: no id is one of the tasks', such as echo-0"
+    assert program("evaluate", f"--tasks={tasks}", *files) == refused(message)
+
+
+def test_evaluate_asks_a_model_once(program: Program, tasks: Path, tmp_path: Path) -> None:
+    """A second start finds its answers; one with other options would mix them up."""
+    output = tmp_path / "configs"  # looks like a flag, and is none
+    arguments = ("--model=random:tiny", f"--tasks={tasks}", "--output", str(output))
+    first = program("evaluate", *arguments)
+    assert first.code == 0
+    assert first.out.startswith('random:tiny: {"instances": 2, ')
+    rows = records.read_rows(output / "predictions.jsonl")
+    assert [(row["arm"], row["task"], row["id"]) for row in rows] == [
+        ("random:tiny", "task1_echo", "echo-0"),
+        ("random:tiny", "task1_echo", "echo-1"),
+    ]
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    assert program("evaluate", *arguments).out == first.out
+    assert {path: path.read_bytes() for path in output.iterdir()} == before
+    message = (
+        f"{output / 'options.json'}: made with another model or options; take another --output"
+    )
+    assert program("evaluate", *arguments, "--num_examples=0") == refused(message)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--model=m", "--predictions=p"]])
+def test_evaluate_wants_one_thing_to_evaluate(arguments: list[str], program: Program) -> None:
+    message = "give --config and --workdir, or --model, or --predictions"
+    assert program("evaluate", *arguments) == refused(message)
+
+
+# In processes of their own
+
+
+def shell(*command: str) -> Result:
+    environment = os.environ | {"XLA_FLAGS": "", "COLUMNS": "80"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return Result(run.returncode, run.stdout, run.stderr)
+
+
+def test_a_module_ends_in_one_line() -> None:
+    module = ("-m", "refine_af.launch.train_ppo", "--config=tiny", "--config.ppo.num_steps=0")
+    assert shell(sys.executable, *module) == refused("ppo.num_steps=0: expected at least 1")
+
+
+def test_a_console_script_shows_help() -> None:
+    code, out, err = shell(str(Path(sys.executable).parent / "refine-af-report"), "--help")
+    assert (code, err) == (0, "")
+    assert "  --workdir: " in out
