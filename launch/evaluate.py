@@ -13,8 +13,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from refine_af import base_model, evaluation, records, superni
-from refine_af.config import Evaluation, Lora, Mesh, Model
-from refine_af.engine import Engine
+from refine_af.config import Evaluation, Mesh, Model
 from refine_af.launch import _stages, flags
 
 _WORKDIR = flags.workdir_flags()
@@ -71,11 +70,11 @@ def main() -> None:
 def _evaluate_model(options: Evaluation, tasks: list[superni.Task], output: Path) -> dict[str, Any]:
     model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
     base = base_model.load(model, Mesh())
-    engine = Engine(base.config, base.tokenizer, base.mesh, base.eos_ids, options.batch_size)
+    engine = base.engine(options.batch_size)
     asked = evaluation.questions(tasks, base.tokenizer, options)
     predictions = output / evaluation.PREDICTIONS
     _claim(output / "options.json", dataclasses.asdict(model) | dataclasses.asdict(options))
-    params = base.for_sampling(None, Lora())
+    params = base.for_sampling()
     evaluation.predict(engine, params, asked, options, predictions, model.source)
     return evaluation.write_scores(tasks, predictions, output / evaluation.SCORES)
 

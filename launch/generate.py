@@ -8,8 +8,8 @@ from absl import flags as absl_flags
 
 from refine_af import base_model, records, tokens
 from refine_af.base_model import BaseModel
-from refine_af.config import Lora, Mesh, Model, Sampling, from_dict
-from refine_af.engine import Engine, Request
+from refine_af.config import Mesh, Model, Sampling, from_dict
+from refine_af.engine import Request
 from refine_af.launch import flags
 from refine_af.progress import bar
 
@@ -83,14 +83,14 @@ def main() -> None:
     base = base_model.load(model, Mesh())
     requests = [request_of(row, i, default, base) for i, row in enumerate(rows)]
     size = min(_BATCH_SIZE.value, len(requests))
-    engine = Engine(base.config, base.tokenizer, base.mesh, base.eos_ids, size)
+    engine = base.engine(size)
     budget = sum(r.sampling.max_new_tokens for r in requests)
     with bar("generate", total=budget, unit="token") as progress:
 
         def count(new: int) -> None:
             progress.update(new)
 
-        completions = engine.generate(base.for_sampling(None, Lora()), requests, count)
+        completions = engine.generate(base.for_sampling(), requests, count)
     if target is None:
         print(completions[0].text)
         return

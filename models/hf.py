@@ -12,7 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
 from refine_af.models import transformer
@@ -180,15 +180,31 @@ def _check_keys(
 
 def read_params(config: ModelConfig, directory: Path) -> Params:
     """Parameters of all `*.safetensors` files in `directory`, stacked layout."""
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{directory}: no *.safetensors file; expected a Hugging Face directory")
-    handles = [safe_open(file, framework="flax") for file in files]
+    handles = [_open(file) for file in _weight_files(directory)]
     owner = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118
     available = {key: tuple(h.get_slice(key).get_shape()) for key, h in owner.items()}
     return assemble(
         config, lambda key: np.asarray(owner[key].get_tensor(key)), available, str(directory)
     )
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Files that the index names, or all where there is none."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        names = json.loads(index.read_text())["weight_map"].values()
+        return sorted({directory / Path(name).name for name in names})
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory}: no *.safetensors file; expected a Hugging Face directory")
+    return files
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="flax")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
 
 
 def write_params(config: ModelConfig, params: Params, directory: Path) -> None:

@@ -62,17 +62,18 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang & Sennrich, arXiv 1910.07467), computed in float32."""
 
-    def __init__(self, dim: int, eps: float, param_dtype: jnp.dtype) -> None:
-        """Scale one for each of `dim` features."""
+    def __init__(self, dim: int, eps: float, param_dtype: jnp.dtype, dtype: str) -> None:
+        """Scale one for each of `dim` features; results have `dtype`."""
         self.scale = nnx.Param(jnp.ones((dim,), param_dtype), axes=("norm",))
         self.eps = eps
+        self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """`x / sqrt(mean(x^2) + eps) * scale`, in the dtype of `x`."""
+        """`x / sqrt(mean(x^2) + eps) * scale`."""
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(x.dtype)
-        return (x32 * inverse).astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32 * inverse * scale).astype(self.dtype)
 
 
 def rotary_tables(

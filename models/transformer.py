@@ -71,14 +71,16 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm residual block: attention, then feed-forward."""
+    """Pre-norm residual block: attention, then feed-forward; the residual stream is float32."""
 
     def __init__(self, config: ModelConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs) -> None:
         """Random weights of one layer."""
         param_dtype = jnp.dtype(config.param_dtype)
-        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype)
+        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype, config.dtype)
         self.attention = Attention(config, lora=lora, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype)
+        self.feed_forward_norm = RMSNorm(
+            config.embed_dim, config.norm_eps, param_dtype, config.dtype
+        )
         self.feed_forward = FeedForward(
             config.embed_dim, config.hidden_dim, lora=lora, param_dtype=param_dtype, rngs=rngs
         )
@@ -93,8 +95,8 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
         """One layer; returns also the keys and values that a cache keeps."""
         mixed, kept = self.attention(self.attention_norm(x), rotary, mask, stored, end)
-        x = x + mixed
-        return x + self.feed_forward(self.feed_forward_norm(x)), kept
+        x = x + mixed.astype(x.dtype)
+        return x + self.feed_forward(self.feed_forward_norm(x)).astype(x.dtype), kept
 
 
 class Transformer(nnx.Module):
@@ -121,7 +123,7 @@ class Transformer(nnx.Module):
         else:
             blocks = [Block(config, lora=lora, rngs=rngs) for _ in range(config.num_layers)]
             self.layers = nnx.List(blocks)
-        self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype)
+        self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype, config.dtype)
         if not config.tie_embeddings:
             self.head = nnx.Param(
                 init(rngs.params(), table[::-1], param_dtype), axes=("embed", "vocab")
@@ -152,7 +154,7 @@ class Transformer(nnx.Module):
         positions = jnp.maximum(columns - start[:, None], 0)
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         mask = attention.visible(start, end, length, num_keys, self.config.sliding_window)
-        x = self.embedding[...][tokens].astype(self.config.dtype)
+        x = self.embedding[...][tokens].astype(jnp.float32)  # the residual stream
         if self.stacked:
             assert cache is None, "decoding needs unstacked layers"
             x, (keys, values) = self._scan(x, rotary, mask, end, remat=remat)

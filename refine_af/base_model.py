@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_af import config as config_lib
 from refine_af import mesh as mesh_lib
-from refine_af.models import lora, sources, transformer
+from refine_af.engine import Engine
+from refine_af.models import sources, transformer
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.transformer import Definition, Params
 
@@ -52,11 +53,22 @@ class BaseModel:
 
         return jax.tree.map(place, state)
 
-    def for_sampling(self, adapter: Params | None, options: config_lib.Lora) -> Params:
-        """Unstacked parameters with the adapter merged; the base is left untouched."""
-        shardings = mesh_lib.param_shardings(self.config, None, self.mesh, stacked=False)[0]
-        config = lora_config(options) if adapter is not None else None
-        return _relay(self.params, adapter, config, _Frozen(shardings))
+    def engine(self, batch_size: int, options: config_lib.Lora | None = None) -> Engine:
+        """Sampler for this model, with adapters of the given shape or without."""
+        lora = lora_config(options) if options else None
+        return Engine(self.config, self.tokenizer, self.mesh, self.eos_ids, batch_size, lora)
+
+    def for_sampling(
+        self, adapter: Params | None = None, options: config_lib.Lora | None = None
+    ) -> Params:
+        """Unstacked parameters, the adapter's among them, for an `engine` of the same options.
+
+        The adapter is not merged into the kernels: a bfloat16 kernel is too coarse to hold it (of
+        an update a hundredth of the kernel's size about nine tenths would be rounded away).
+        """
+        lora = lora_config(options) if options else None
+        shardings = mesh_lib.param_shardings(self.config, lora, self.mesh, stacked=False)
+        return _relay(self.params, adapter or {}, _Frozen(_joined(*shardings)))
 
 
 class _Frozen:
@@ -74,13 +86,22 @@ class _Frozen:
         return isinstance(other, _Frozen) and self._key == other._key
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def _relay(
-    base: Params, adapter: Params | None, config: LoraConfig | None, shardings: _Frozen
-) -> Params:
-    merged = base if adapter is None or config is None else lora.merge(base, adapter, config)
-    layers = transformer.unstack_layers(merged)
-    return jax.lax.with_sharding_constraint(layers, shardings.tree)
+@functools.partial(jax.jit, static_argnums=2)
+def _relay(base: Params, adapter: Params, shardings: _Frozen) -> Params:
+    unstacked = transformer.unstack_layers(base)
+    if adapter:
+        unstacked = _joined(unstacked, transformer.unstack_layers(adapter))
+    return jax.lax.with_sharding_constraint(unstacked, shardings.tree)
+
+
+def _joined(first: Any, second: Any) -> Any:
+    """Two nested dictionaries without a leaf in common as one."""
+    both = {
+        key: _joined(first[key], second[key]) if key in first and key in second else tree[key]
+        for tree in (first, second)
+        for key in tree
+    }
+    return both
 
 
 def lora_config(options: config_lib.Lora) -> LoraConfig:

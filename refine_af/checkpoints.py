@@ -33,12 +33,22 @@ def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
 
     Args:
         like: a tree of arrays with the wanted shapes, dtypes and shardings.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or holds another tree.
     """
     step = manager.latest_step()
     if step is None:
         return 0, like
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    try:
+        return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    except (ValueError, KeyError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise ValueError(
+            f"{manager.directory / str(step)}: the checkpoint is damaged or of another config "
+            f"({reason}); remove it to go on from the one before"
+        ) from None
 
 
 def latest_step(directory: Path) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_af import sampling, tokens
 from refine_af.config import Sampling
 from refine_af.mesh import shard_batch
-from refine_af.models.config import ModelConfig
+from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.transformer import Params, define
 
 _CHUNK = 32  # tokens decoded between two looks at the text
@@ -54,7 +54,7 @@ class Engine:
     """A decoder ready to sample; parameters are given to each call, never kept.
 
     Attributes:
-        config: of the model whose (unstacked, adapter-merged) parameters `generate` is given.
+        config: of the model whose (unstacked) parameters `generate` is given.
         batch_size: rows a batch; the last one is filled up with idle rows.
     """
 
@@ -63,6 +63,7 @@ class Engine:
     mesh: jax.sharding.Mesh
     eos_ids: tuple[int, ...]
     batch_size: int
+    lora: LoraConfig | None = None  # of the adapter among the parameters
 
     def generate(
         self, params: Params, requests: Sequence[Request], progress: Progress | None = None
@@ -105,7 +106,7 @@ class _Batch:
 
     def run(self, params: Params, progress: Progress | None) -> list[Completion]:
         engine = self.engine
-        definition = define(engine.config, stacked=False)
+        definition = define(engine.config, engine.lora, stacked=False)
         longest = max(len(r.prompt_ids) for r in self.requests)
         budget = max(self._budget(r) for r in self.requests)
         length = tokens.bucket(longest)

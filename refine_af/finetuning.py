@@ -23,7 +23,7 @@ from refine_af.mesh import shard_batch
 from refine_af.models import hf, lora, transformer
 from refine_af.models.transformer import Definition, Params
 from refine_af.progress import bar
-from refine_af.randomness import Stage, generator, key_of
+from refine_af.randomness import generator, key_of
 from refine_af.records import Row
 from refine_af.training import TrainState
 
@@ -94,10 +94,11 @@ def response_loss(
 
 
 def optimizer(options: config_lib.Sft, total_steps: int) -> optax.GradientTransformation:
-    """AdamW without decay, linear warm-up, cosine decay to 0, global-norm clipping."""
+    """Adam, linear warm-up, cosine decay to 0, global-norm clipping."""
     warmup = max(round(options.warmup_share * total_steps), 1)
+    first = options.learning_rate / (warmup + 1)
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, options.learning_rate, warmup, max(total_steps, warmup + 1)
+        first, options.learning_rate, warmup, max(total_steps, warmup + 1)
     )
     return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), optax.adam(schedule))
 
@@ -149,8 +150,7 @@ class FinetuningStage:
             first, state = checkpoints.restore_latest(manager, self._new_state(tx))
             metrics = self.workdir / METRICS
             records.cut([metrics], first, "step")
-            with bar("fine-tuning", total=total, unit="step") as progress:
-                progress.update(first)
+            with bar("fine-tuning", total=total, unit="step", done=first) as progress:
                 for step in range(first, total):
                     began = time.monotonic()
                     batch, count = self._batch(train, step, per_epoch)
@@ -180,13 +180,13 @@ class FinetuningStage:
             raise ValueError(
                 f"sft: none of {len(pairs)} examples fits sft.max_length={options.max_length}"
             )
-        order = generator(self.config.seed, Stage.SFT).permutation(len(fitting))
+        order = generator(self.config.seed, "sft/split").permutation(len(fitting))
         held_out = int(options.eval_share * len(fitting))
         shuffled = [fitting[i] for i in order]
         return shuffled[held_out:], shuffled[:held_out]
 
     def _new_state(self, tx: optax.GradientTransformation) -> TrainState:
-        key = key_of(self.config.seed, Stage.SFT, 0)
+        key = key_of(self.config.seed, "sft/adapter")
         adapter = self.base.new_adapter(self.config.sft.lora, key)
         return self.base.place_state(training.new_state({"adapter": adapter}, tx, 0.0))
 
@@ -194,7 +194,7 @@ class FinetuningStage:
         """Examples of a step (the epoch's order is a function of its number), and their tokens."""
         options = self.config.sft
         epoch, index = divmod(step, per_epoch)
-        order = generator(self.config.seed, Stage.SFT, 1, epoch).permutation(len(train))
+        order = generator(self.config.seed, "sft/order", epoch).permutation(len(train))
         chosen = order[index * options.batch_size : (index + 1) * options.batch_size]
         pairs = [train[i] for i in chosen]
         return self._padded(pairs), sum(len(p) + len(r) for p, r in pairs)
@@ -229,10 +229,13 @@ class FinetuningStage:
         partial = directory.with_name("hf.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        merged = lora.merge(self.base.params, adapter, lora_config(self.config.sft.lora))
+        # In float32: a bfloat16 kernel would round most of the adapter away.
+        base = jax.tree.map(lambda x: x.astype(jnp.float32), self.base.params)
+        merged = lora.merge(base, adapter, lora_config(self.config.sft.lora))
         hf.write_params(self.base.config, merged, partial)
         self.base.tokenizer.save_pretrained(str(partial))
-        hf.write_config(self.base.config, partial, eos_ids=self.base.eos_ids)
+        exported = dataclasses.replace(self.base.config, param_dtype="float32")
+        hf.write_config(exported, partial, eos_ids=self.base.eos_ids)
         partial.rename(directory)
 
 

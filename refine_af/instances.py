@@ -7,10 +7,10 @@ from pathlib import Path
 from refine_af import prompts, records, tokens
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment
-from refine_af.engine import Completion, Engine, Request
+from refine_af.engine import Completion, Request
 from refine_af.models.transformer import Params
 from refine_af.progress import bar
-from refine_af.randomness import Stage, generator, seed_of
+from refine_af.randomness import generator, seed_of
 from refine_af.records import Row
 from refine_af.seeds import SeedTask
 
@@ -29,20 +29,16 @@ class InstanceStage:
     workdir: Path
 
     def run(self, params: Params) -> None:
-        """Write and filter answers to all instructions; `params` are the tuned ones, merged."""
+        """Write and filter answers to all instructions; `params` are with the adapter."""
         paths = [self.workdir / ACCEPTED, self.workdir / REJECTED]
         size = self.config.instances.batch_size
         first, _ = records.resume(paths)
         answers = self.config.instances.answers_per_instruction
-        engine = Engine(
-            self.base.config,
-            self.base.tokenizer,
-            self.base.mesh,
-            self.base.eos_ids,
-            min(size, len(self.instructions)) * answers,
-        )
-        with bar("instances", total=len(self.instructions), unit="instruction") as progress:
-            progress.update(min(first * size, len(self.instructions)))
+        rows = min(size, len(self.instructions)) * answers
+        engine = self.base.engine(rows, self.config.ppo.lora)
+        total = len(self.instructions)
+        done = min(first * size, total)
+        with bar("instances", total=total, unit="instruction", done=done) as progress:
             for batch in range(first, -(-len(self.instructions) // size)):
                 tasks = self.instructions[batch * size : (batch + 1) * size]
                 requests = [
@@ -61,12 +57,12 @@ class InstanceStage:
         shown = prompts.demos(self.seeds, options.prompts)
         requests = []
         for answer in range(options.instances.answers_per_instruction):
-            rng = generator(seed, Stage.INSTANCES, batch, row, answer)
+            rng = generator(seed, "instances/demos", batch, row, answer)
             text = prompts.instance_prompt(
                 tasks[row]["instruction"], shown, options.prompts.num_demos, rng
             )
             ids = tokens.encode_prompt(self.base.tokenizer, text, options.prompts.format)
-            key = seed_of(seed, Stage.INSTANCES, batch, row, answer)
+            key = seed_of(seed, "instances/request", batch, row, answer)
             requests.append(Request(tuple(ids), options.instances.sampling, key))
         return requests
 

@@ -15,7 +15,7 @@ from refine_af.engine import Completion, Engine, Progress, Request
 from refine_af.models.transformer import Params
 from refine_af.novelty import NoveltyPool
 from refine_af.progress import bar
-from refine_af.randomness import Stage, generator, seed_of
+from refine_af.randomness import generator, seed_of
 from refine_af.records import Row
 from refine_af.seeds import SeedTask
 
@@ -136,8 +136,10 @@ class InstructionStage:
             ValueError: `max_batches` did not give enough.
         """
         options = self.config.instructions
-        with bar("instructions", total=options.num_instructions, unit="kept") as progress:
-            progress.update(len(self.accepted))
+        done = len(self.accepted)
+        with bar(
+            "instructions", total=options.num_instructions, unit="kept", done=done
+        ) as progress:
             while not self.complete:
                 if self.batch >= options.max_batches:
                     raise ValueError(
@@ -155,7 +157,7 @@ class InstructionStage:
             Request(
                 tuple(tokens.encode_prompt(engine.tokenizer, prompt.text, "raw")),
                 self.config.instructions.sampling,
-                seed_of(self.config.seed, Stage.INSTRUCTIONS, self.batch, row),
+                seed_of(self.config.seed, "instructions/request", self.batch, row),
             )
             for row, prompt in enumerate(prompts)
         ]
@@ -167,19 +169,21 @@ class InstructionStage:
         self.batch += 1
 
     def _prompts(self) -> list[Prompt]:
-        """The batch's prompts: 6 seeds and 2 generated instructions each, shuffled."""
+        """The batch's prompts: 6 seeds and 2 generated instructions each, shuffled.
+
+        Seeds stand in while there are not enough generated ones.
+        """
         options = self.config.instructions
-        rng = generator(self.config.seed, Stage.INSTRUCTIONS, self.batch)
+        rng = generator(self.config.seed, "instructions/demos", self.batch)
         prompts = []
         for _ in range(options.batch_size):
             wanted = bool(rng.random() < options.classification_share)
             seeds = [s for s in self.seeds if s.is_classification or not wanted]
             generated = [r for r in self.accepted if r["is_classification"] or not wanted]
-            pairs = [(s.id, s.instruction) for s in _pick(rng, seeds, options.num_seed_demos)]
-            pairs += [
-                (r["id"], r["instruction"])
-                for r in _pick(rng, generated, options.num_generated_demos)
-            ]
+            made = _pick(rng, generated, options.num_generated_demos)
+            total = options.num_seed_demos + options.num_generated_demos
+            pairs = [(s.id, s.instruction) for s in _pick(rng, seeds, total - len(made))]
+            pairs += [(r["id"], r["instruction"]) for r in made]
             order = rng.permutation(len(pairs))
             prompts.append(build_prompt([pairs[i] for i in order], is_classification=wanted))
         return prompts

@@ -20,27 +20,32 @@ def of_targets(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(log-probability of each target, entropy in nats), float32.
 
-    `log softmax(logits / temperature)` is computed for 256 positions at a time and again in the
-    backward pass, so peak memory does not grow with batch x length x vocabulary.
+    `log softmax(logits / temperature)` is computed for about 256 positions at a time, some columns
+    of every row, and again in the backward pass: peak memory does not grow with batch x length x
+    vocabulary, and rows stay on the devices that hold them.
     """
     batch, length, dim = hidden.shape
-    count = batch * length
-    padding = -count % _CHUNK
-    flat = jnp.pad(hidden.reshape(count, dim), ((0, padding), (0, 0)))
-    wanted = jnp.pad(targets.reshape(count), (0, padding))
+    columns = max(_CHUNK // batch, 1)
+    padding = -length % columns
+    padded = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    wanted = jnp.pad(targets, ((0, 0), (0, padding)))
 
     @jax.checkpoint
-    def chunk(rows: tuple[Array, Array]) -> tuple[Array, Array]:
-        logprobs = jax.nn.log_softmax(model.logits(rows[0]) / temperature, axis=-1)
+    def chunk(pieces: tuple[Array, Array]) -> tuple[Array, Array]:
+        logprobs = jax.nn.log_softmax(model.logits(pieces[0]) / temperature, axis=-1)
         entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-        return jnp.take_along_axis(logprobs, rows[1][:, None], axis=-1)[:, 0], entropy
+        return jnp.take_along_axis(logprobs, pieces[1][..., None], axis=-1)[..., 0], entropy
 
-    chunks = (flat.reshape(-1, _CHUNK, dim), wanted.reshape(-1, _CHUNK))
-    chosen, entropy = jax.lax.map(chunk, chunks)
-    return (
-        chosen.reshape(-1)[:count].reshape(batch, length),
-        entropy.reshape(-1)[:count].reshape(batch, length),
+    chunks = (
+        padded.reshape(batch, -1, columns, dim).swapaxes(0, 1),
+        wanted.reshape(batch, -1, columns).swapaxes(0, 1),
     )
+
+    def joined(x: Array) -> Array:
+        return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
+
+    chosen, entropy = jax.lax.map(chunk, chunks)
+    return joined(chosen), joined(entropy)
 
 
 @functools.partial(jax.jit, static_argnums=0)

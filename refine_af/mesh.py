@@ -92,6 +92,18 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def keep_rows_split(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Inside traced code: first axes stay split over the batch axes, where these divide them."""
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+    def keep(x: jax.Array) -> jax.Array:
+        divides = x.ndim > 0 and x.shape[0] % parts == 0
+        return jax.lax.with_sharding_constraint(x, sharding) if divides else x
+
+    return jax.tree.map(keep, tree)
+
+
 def shard_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Put host arrays on the mesh, split along their first axis where that divides."""
     parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

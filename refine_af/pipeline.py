@@ -20,7 +20,6 @@ from refine_af import (
 )
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment, config_hash
-from refine_af.engine import Engine
 from refine_af.evaluation import PREDICTIONS, SCORES
 from refine_af.finetuning import FinetuningStage
 from refine_af.instances import InstanceStage
@@ -71,11 +70,6 @@ class Run:
         """Base model on the mesh."""
         return base_model.load(self.config.model, self.config.mesh)
 
-    def engine(self, batch_size: int) -> Engine:
-        """Sampler for the base model's shape."""
-        base = self.base
-        return Engine(base.config, base.tokenizer, base.mesh, base.eos_ids, batch_size)
-
     def oracle(self) -> BaseModelJudge:
         """Reward oracle of the run."""
         base = self.base
@@ -83,16 +77,25 @@ class Run:
             base.definition, base.params, base.tokenizer, base.mesh, self.config.ppo.batch_size
         )
 
-    def accepted(self, name: str, made_by: str) -> list[records.Row]:
-        """Rows of an earlier stage.
+    def accepted_instructions(self) -> list[records.Row]:
+        """Rows of stage 1.
 
         Raises:
-            ValueError: that stage has written none.
+            ValueError: it has not finished.
         """
-        rows = records.read_rows(self.workdir / name)
-        if not rows:
-            raise ValueError(f"{self.workdir / name}: no rows; run {made_by} first")
-        return rows
+        stage = InstructionStage(self.config, self.seeds, self.workdir)
+        if not stage.complete:
+            raise ValueError(
+                f"{self.workdir / instructions.ACCEPTED}: {len(stage.accepted)} of "
+                f"{self.config.instructions.num_instructions} instructions; "
+                "run generate_instructions first"
+            )
+        return stage.accepted
+
+    @property
+    def has_dataset(self) -> bool:
+        """Whether stage 3 has finished: the card is the last that it writes."""
+        return (self.workdir / "dataset/README.md").exists()
 
 
 # A stage returns whether there was anything to do.
@@ -103,14 +106,14 @@ def generate_instructions(run: Run) -> bool:
     stage = InstructionStage(run.config, run.seeds, run.workdir)
     if stage.complete:
         return False
-    engine = run.engine(run.config.instructions.batch_size)
-    stage.run(engine, run.base.for_sampling(None, run.config.ppo.lora))
+    engine = run.base.engine(run.config.instructions.batch_size)
+    stage.run(engine, run.base.for_sampling())
     return True
 
 
 def train_ppo(run: Run) -> bool:
     """Stage 2."""
-    rows = run.accepted(instructions.ACCEPTED, "generate_instructions")
+    rows = run.accepted_instructions()
     if rlaf.steps_done(run.workdir) >= run.config.ppo.num_steps:
         return False
     texts = [row["instruction"] for row in rows]
@@ -120,9 +123,9 @@ def train_ppo(run: Run) -> bool:
 
 def generate_instances(run: Run) -> bool:
     """Stage 3, and the data set."""
-    if (run.workdir / "dataset/README.md").exists():
+    if run.has_dataset:
         return False
-    rows = run.accepted(instructions.ACCEPTED, "generate_instructions")
+    rows = run.accepted_instructions()
     adapter = rlaf.tuned_adapter(run.config, run.base, run.workdir)
     params = run.base.for_sampling(adapter, run.config.ppo.lora)
     InstanceStage(run.config, run.base, run.seeds, rows, run.workdir).run(params)
@@ -137,7 +140,9 @@ def generate_instances(run: Run) -> bool:
 
 def finetune(run: Run) -> bool:
     """Fine-tuning of the base model on the accepted instances."""
-    rows = run.accepted(instances.ACCEPTED, "generate_instances")
+    if not run.has_dataset:
+        raise ValueError(f"{run.workdir / 'dataset'}: not finished; run generate_instances first")
+    rows = records.read_rows(run.workdir / instances.ACCEPTED)
     if finetuning.finished(run.workdir):
         return False
     FinetuningStage(run.config, run.base, rows, run.workdir).run()
@@ -154,11 +159,12 @@ def evaluate(run: Run) -> bool:
         "base": None,
         "refine_af": finetuning.tuned_adapter(run.config, run.base, run.workdir),
     }
-    engine = run.engine(options.batch_size)
     asked = evaluation.questions(tasks, run.base.tokenizer, options)
     predictions = run.workdir / PREDICTIONS
     for arm, adapter in adapters.items():
-        params = run.base.for_sampling(adapter, run.config.sft.lora)
+        lora = run.config.sft.lora if adapter else None
+        engine = run.base.engine(options.batch_size, lora)
+        params = run.base.for_sampling(adapter, lora)
         evaluation.predict(engine, params, asked, options, predictions, arm)
     evaluation.write_scores(tasks, predictions, run.workdir / SCORES)
     return True

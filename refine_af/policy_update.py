@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from refine_af import config as config_lib
 from refine_af import ppo, rollout, training
+from refine_af.mesh import keep_rows_split
 from refine_af.models import heads
 from refine_af.models.transformer import Definition, Params
 from refine_af.rollout import Reading, Rollout
@@ -48,7 +49,7 @@ class _Batch(NamedTuple):
 
 
 def make_update(
-    policy: Definition, options: config_lib.Ppo
+    policy: Definition, options: config_lib.Ppo, mesh: jax.sharding.Mesh
 ) -> Callable[[Params, TrainState, Rollout, Reading, Array], tuple[TrainState, Metrics]]:
     """Jitted `update(base, state, rollout, reading, key)`; `state` is donated.
 
@@ -91,7 +92,7 @@ def make_update(
     def minibatch(
         base: Params, batch: _Batch, state: TrainState, index: Array
     ) -> tuple[TrainState, Metrics]:
-        chosen = jax.tree.map(lambda x: x[index], batch)
+        chosen = keep_rows_split(mesh, jax.tree.map(lambda x: x[index], batch))
         count = jnp.maximum(jnp.sum(chosen.rows.mask), 1.0)
         grads, loss, sums = training.accumulate(
             functools.partial(loss_fn, base, count), state.params, chosen, options.num_microbatches
@@ -148,7 +149,7 @@ def _summary(
     """
     k3 = ppo.kl_k3(reading.logprobs, reading.ref_logprobs)
     steps = {
-        f"ppo/{name}": jnp.max(x) if name.endswith("_max") else jnp.mean(x)
+        f"ppo/{name}": jnp.nanmax(x) if name.endswith("_max") else jnp.nanmean(x)
         for name, x in history.items()
     }
     return {

@@ -9,9 +9,11 @@ from tqdm import tqdm
 class bar(tqdm):
     """A tqdm bar (standard error) that also shows tokens per second."""
 
-    def __init__(self, description: str, *, total: int, unit: str) -> None:
-        """Show `description` and count to `total` in `unit`."""
-        super().__init__(desc=description, total=total, unit=f" {unit}", dynamic_ncols=True)
+    def __init__(self, description: str, *, total: int, unit: str, done: int = 0) -> None:
+        """Show `description` and count to `total` in `unit`; `done` of it was done earlier."""
+        super().__init__(
+            desc=description, total=total, unit=f" {unit}", initial=done, dynamic_ncols=True
+        )
         self._tokens = 0
         self._began = time.monotonic()
 

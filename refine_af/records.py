@@ -6,6 +6,7 @@ incomplete) and makes that batch again, with the same result.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,7 +71,8 @@ def read_json(path: Path) -> Row:
 
 
 def to_line(row: Row) -> str:
-    """One line of JSON with its newline."""
+    """One line of JSON with its newline; a top-level number that is not finite becomes null."""
+    row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
     return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
 
 

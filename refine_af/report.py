@@ -157,7 +157,7 @@ def _finetuning(workdir: Path) -> Section | None:
     if not rows:
         return None
     return {
-        "num_steps": rows[-1]["step"],
+        "num_steps": len(rows),
         "num_epochs": rows[-1]["epoch"],
         "losses": _values(rows, "loss"),
         "held_out": _values(rows, "eval_loss"),

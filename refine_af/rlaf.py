@@ -1,6 +1,6 @@
 """Stage 2: reinforcement learning from automated feedback.
 
-One step: pick instructions -> sample answers with the adapter merged -> score them with the
+One step: pick instructions -> sample answers with the adapter -> score them with the
 oracle -> read policy, critic and reference -> update. The base weights never change.
 """
 
@@ -25,12 +25,12 @@ from refine_af import (
 )
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment
-from refine_af.engine import Completion, Engine, Request
+from refine_af.engine import Completion, Request
 from refine_af.mesh import shard_batch
 from refine_af.models import heads
 from refine_af.models.transformer import Params
 from refine_af.progress import bar
-from refine_af.randomness import Stage, generator, key_of, seed_of
+from refine_af.randomness import generator, key_of, seed_of
 from refine_af.records import Row
 from refine_af.seeds import SeedTask
 from refine_af.training import TrainState
@@ -55,7 +55,7 @@ class RlafStage:
     def run(self) -> None:
         """Take all steps that are not done yet; state, metrics and answers go to the workdir."""
         options = self.config.ppo
-        update = policy_update.make_update(self.base.adapted(options.lora), options)
+        update = policy_update.make_update(self.base.adapted(options.lora), options, self.base.mesh)
         batches = [self._requests(step) for step in range(options.num_steps)]
         length = tokens.bucket(max(len(r.prompt_ids) for batch, _ in batches for r in batch))
         with checkpoints.open_manager(
@@ -66,9 +66,8 @@ class RlafStage:
             records.cut(paths, first, "step")
             with (
                 SummaryWriter(str(self.workdir / "ppo"), purge_step=first) as writer,
-                bar("ppo", total=options.num_steps, unit="step") as progress,
+                bar("ppo", total=options.num_steps, unit="step", done=first) as progress,
             ):
-                progress.update(first)
                 for step in range(first, options.num_steps):
                     state, metrics, rows = self._step(step, state, update, batches[step], length)
                     training.check_skipped(state, _MAX_SKIPPED, f"ppo step {step}")
@@ -90,15 +89,15 @@ class RlafStage:
         options = self.config.ppo
         total = len(self.instructions)
         shown = prompts.demos(self.seeds, self.config.prompts)
-        rng = generator(self.config.seed, Stage.PPO, step)
+        rng = generator(self.config.seed, "ppo/demos", step)
         requests, chosen = [], []
         for row in range(options.batch_size):
             index = step * options.batch_size + row
-            order = generator(self.config.seed, Stage.PPO, 0, index // total).permutation(total)
+            order = generator(self.config.seed, "ppo/order", index // total).permutation(total)
             instruction = self.instructions[order[index % total]]
             text = prompts.instance_prompt(instruction, shown, self.config.prompts.num_demos, rng)
             ids = tokens.encode_prompt(self.base.tokenizer, text, self.config.prompts.format)
-            seed = seed_of(self.config.seed, Stage.PPO, step, row)
+            seed = seed_of(self.config.seed, "ppo/request", step, row)
             requests.append(Request(tuple(ids), options.sampling, seed))
             chosen.append(instruction)
         return requests, chosen
@@ -141,11 +140,12 @@ class RlafStage:
             options.sampling.temperature,
             options.num_minibatches * options.num_microbatches,
         )
-        key = key_of(self.config.seed, Stage.PPO, step)
+        key = key_of(self.config.seed, "ppo/permutation", step)
         state, metrics = update(self.base.params, state, rows, reading, key)
         figures = {name: float(value) for name, value in metrics.items()}
         done = time.monotonic()
         figures |= _rollout_metrics(completions, judgements)
+        figures["ppo/skipped"] = float(state.skipped)
         figures["drift/logprob_max"] = rollout.drift(completions, reading)
         figures |= {
             "time/sample": sampled - began,
@@ -156,14 +156,9 @@ class RlafStage:
         return state, figures, _answer_rows(step, instructions, completions, examples, judgements)
 
     def _sample(self, adapter: Params, requests: list[Request]) -> list[Completion]:
-        engine = Engine(
-            self.base.config,
-            self.base.tokenizer,
-            self.base.mesh,
-            self.base.eos_ids,
-            self.config.ppo.batch_size,
-        )
-        return engine.generate(self.base.for_sampling(adapter, self.config.ppo.lora), requests)
+        options = self.config.ppo
+        engine = self.base.engine(options.batch_size, options.lora)
+        return engine.generate(self.base.for_sampling(adapter, options.lora), requests)
 
     def _parse(
         self, instructions: Sequence[str], completions: Sequence[Completion]
@@ -180,7 +175,7 @@ class RlafStage:
 
 def new_state(config: Experiment, base: BaseModel) -> TrainState:
     """State before the first step: a fresh adapter and a value head of zeros."""
-    adapter = base.new_adapter(config.ppo.lora, key_of(config.seed, Stage.PPO, 0))
+    adapter = base.new_adapter(config.ppo.lora, key_of(config.seed, "ppo/adapter"))
     head = base.replicate(heads.init_value_head(base.config.embed_dim))
     optimizer = policy_update.optimizer(config.ppo)
     params = {"adapter": adapter, "value_head": head}

@@ -104,11 +104,12 @@ def read(
         return Reading(chosen, values, ref)
 
     cut = jax.tree.map(
-        lambda x: x.reshape(num_pieces, -1, *x.shape[1:]), (rollout.tokens, rollout.start)
+        lambda x: x.reshape(-1, num_pieces, *x.shape[1:]).swapaxes(0, 1),
+        (rollout.tokens, rollout.start),
     )
     reading = jax.lax.map(piece, cut)
     masked = rollout.mask
-    return jax.tree.map(lambda x: x.reshape(masked.shape) * masked, reading)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(masked.shape) * masked, reading)
 
 
 def drift(completions: Sequence[Completion], reading: Reading) -> float:

@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
     params: Tree  # trainable, float32: {"adapter": ..., "value_head": ...}
     opt_state: Tree
     kl_coef: Float[Array, ""]  # of the adaptive controller; unused (0) in fine-tuning
-    skipped: Int[Array, ""]  # steps dropped because a gradient was not finite
+    skipped: Int[Array, ""]  # steps dropped in a row because a gradient was not finite
 
 
 def new_state(params: Tree, optimizer: optax.GradientTransformation, kl_coef: float) -> TrainState:
@@ -45,7 +45,8 @@ def accumulate(
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
 
     def cut(x: Array) -> Array:
-        return x.reshape(num_microbatches, -1, *x.shape[1:])
+        # Rows i, i + n, ... : a device that holds a run of rows has its share of each piece.
+        return x.reshape(-1, num_microbatches, *x.shape[1:]).swapaxes(0, 1)
 
     def merge(name: str, total: Array, new: Array) -> Array:
         return jnp.maximum(total, new) if name.endswith("_max") else total + new
@@ -83,7 +84,7 @@ def guarded_step(
     return state._replace(
         params=jax.tree.map(keep, params, state.params),
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
-        skipped=state.skipped + ~finite,
+        skipped=jnp.where(finite, 0, state.skipped + 1),
     ), norm
 
 
@@ -91,11 +92,12 @@ def check_skipped(state: TrainState, limit: int, where: str) -> None:
     """Stop a run whose gradients are not finite any more.
 
     Raises:
-        ValueError: more than `limit` steps have been skipped.
+        ValueError: more than `limit` steps in a row have been skipped.
     """
     skipped = int(state.skipped)
     if skipped > limit:
         raise ValueError(
-            f"{where}: {skipped} steps had a gradient that is not finite (limit {limit}); lower "
+            f"{where}: {skipped} steps in a row had a gradient that is not finite "
+            f"(limit {limit}); lower "
             "the learning rate or use float32"
         )

@@ -38,7 +38,7 @@ def load(path: Path | str | None = None) -> list[SeedTask]:
     """
     path = Path(path) if path else SEED_TASKS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot read seed tasks: {error}") from None
     tasks: dict[str, SeedTask] = {}

@@ -1,17 +1,19 @@
-"""Configs: what is refused and how, what survives the way through dictionaries, what is hashed."""
+"""Configs: what is refused and how, what is hashed, and what flags and files make of them."""
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from absl import flags as absl_flags
 
 from refine_af import config as config_lib
 from refine_af.config import Experiment, config_hash, from_dict
-from refine_af.configs import smollm2_135m, tiny
+from refine_af.launch import flags
 
-CONFIGS = {"tiny": tiny.get_config(), "smollm2_135m": smollm2_135m.get_config()}
+CONFIGS = {name: flags.load_config(name) for name in flags.available_configs()}
 TINY = CONFIGS["tiny"]
 
 
@@ -72,6 +74,11 @@ def other(path: str) -> Any:
     if isinstance(value, tuple):
         return (*value, "END")
     return value + ("x" if isinstance(value, str) else 1)
+
+
+def test_configs_are_shipped() -> None:
+    assert {"tiny", "smollm2_135m"} <= CONFIGS.keys()
+    assert all(isinstance(config, Experiment) for config in CONFIGS.values())
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -253,3 +260,102 @@ def test_every_leaf_has_a_type_that_can_be_read(kind: type[Any]) -> None:
     for field in dataclasses.fields(kind):
         readable = field.type in (bool, int, float, str, tuple[str, ...])
         assert readable or dataclasses.is_dataclass(field.type), field.name
+
+
+# Command lines and files
+
+
+@pytest.fixture
+def parse() -> Iterator[Callable[..., Experiment]]:
+    """The config of a command line; absl's flags are global, so those of a test go with it."""
+    known = set(absl_flags.FLAGS)
+
+    def run(*arguments: str) -> Experiment:
+        assert flags.parse_with_config(["program", *arguments]) == ["program"]
+        return flags.experiment()
+
+    yield run
+    for name in set(absl_flags.FLAGS) - known:
+        delattr(absl_flags.FLAGS, name)
+    absl_flags.FLAGS.unparse_flags()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "value"),
+    [
+        ("", "seed", 0),
+        ("--config.ppo.learning_rate=3e-6", "ppo.learning_rate", 3e-6),
+        ("-config.ppo.learning_rate=3e-6", "ppo.learning_rate", 3e-6),
+        ("--config.reward.bias=1", "reward.bias", 1.0),
+        ("--config.ppo.num_steps=7", "ppo.num_steps", 7),
+        ("--config.ppo.num_steps 7", "ppo.num_steps", 7),
+        ("--config.mesh.fsdp=-2", "mesh.fsdp", -2),
+        ("--config.seed=1 --config.seed=2", "seed", 2),
+        ("--config.ppo.whiten_advantages=false", "ppo.whiten_advantages", False),
+        ("--noconfig.ppo.whiten_advantages", "ppo.whiten_advantages", False),
+        ("--config.model.source=random:other", "model.source", "random:other"),
+        ("--config.instances.sampling.stop=('a','b')", "instances.sampling.stop", ("a", "b")),
+        ("--config.instances.sampling.stop=ab", "instances.sampling.stop", ("ab",)),
+        ("--config.instructions.sampling.stop=()", "instructions.sampling.stop", ()),
+    ],
+)
+def test_an_override_sets_one_field_in_its_type(
+    arguments: str, path: str, value: Any, parse: Callable[..., Experiment]
+) -> None:
+    found = dict(leaves(parse("--config", "tiny", *arguments.split())))
+    assert found == LEAVES | {path: value}
+    assert type(found[path]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--noconfig.ppo.whitening", "--config.ppo.whitening: no such field; nearest: ppo.whiten"),
+        ("--config.entropy_coef=1", "--config.entropy_coef: no such field; nearest: ppo.entropy_"),
+        ("--config.zzzzzzzz=3", "--config.zzzzzzzz: no such field"),
+        ("--config.ppo.num_steps=2.5", "flag --config.ppo.num_steps=2.5: invalid literal for int"),
+        ("--config.ppo.gamma=high", "flag --config.ppo.gamma=high: could not convert string to f"),
+        ("--config.ppo.whiten_advantages=x", "flag --config.ppo.whiten_advantages=x: ('Non-boole"),
+        ("--config.prompts.format=chats", "prompts.format='chats': expected one of ('raw', 'chat"),
+        ("--config.ppo.sampling.stop=(1,)", "ppo.sampling.stop=(1,): expected strings"),
+        ("--config.ppo.gamma=2", "ppo.gamma=2.0: expected in [0, 1]"),
+    ],
+)
+def test_a_faulty_override_is_refused(
+    argument: str, message: str, parse: Callable[..., Experiment]
+) -> None:
+    with pytest.raises((ValueError, absl_flags.Error)) as error:
+        parse("--config=tiny", argument)
+    assert str(error.value).startswith(message)
+
+
+def test_a_file_may_write_a_float_as_a_whole_number(
+    tmp_path: Path, parse: Callable[..., Experiment]
+) -> None:
+    """An override is a float all the same."""
+    source = Path(flags.configs.__path__[0], "tiny.py").read_text()
+    (tmp_path / "mine.py").write_text(source.replace("learning_rate=1e-3", "learning_rate=1"))
+    config = parse(f"--config={tmp_path / 'mine.py'}", "--config.ppo.learning_rate=.5")
+    assert (config.ppo.learning_rate, config.sft.learning_rate) == (0.5, 1.0)
+    assert type(config.sft.learning_rate) is float
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("get_config = dict", "expected a function get_config() that returns an Experiment"),
+        ("", "expected a function get_config() that returns an Experiment"),
+        ("def get_config(:", "SyntaxError: invalid syntax (mine.py, line 1)"),
+        ("import nonexistent", "ModuleNotFoundError: No module named 'nonexistent'"),
+        (
+            "from refine_af.config import Lora\ndef get_config(): return Lora(rank=0)",
+            "ValueError: lora.rank=0: expected at least 1",
+        ),
+    ],
+)
+def test_a_file_that_gives_no_experiment_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        flags.load_config(str(path))
+    assert str(error.value) == f"{path}: {message}"

@@ -110,7 +110,7 @@ def test_the_n_th_token_is_drawn_with_the_n_th_random_number_of_its_seed() -> No
     """All weights zero: each of V tokens has probability 1/V, so number u draws token floor(uV)."""
     zeros = jax.tree.map(jnp.zeros_like, tiny_params())
     request = Request(encode("?"), SAMPLING, seed=7)
-    (completion,) = engine(eos_ids=()).generate(zeros, [request])
+    (completion,) = engine(1).generate(zeros, [request])
     key, vocab = jax.random.key(7), TINY.vocab_size
     uniform = jax.vmap(lambda n: jax.random.uniform(jax.random.fold_in(key, n)))(jnp.arange(40))
     assert completion.token_ids == tuple((uniform * vocab).astype(int).tolist())

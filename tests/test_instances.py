@@ -1,17 +1,17 @@
 """Stage 3 and the prompt that it shares with stage 2: parsing, filters, batches, the data set."""
 
 import dataclasses
-import types
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import datasets
 import numpy as np
 import pytest
 
+from refine_af import config as config_lib
 from refine_af import dataset, instances, prompts, records, seeds
 from refine_af.configs import tiny
 from refine_af.engine import Completion, Request
@@ -147,7 +147,6 @@ def test_unmarked_text_is_an_output_when_the_config_says_so() -> None:
 
 # Batches, with an engine that needs no model
 
-BASE = types.SimpleNamespace(config=None, tokenizer=byte_tokenizer(), mesh=None, eos_ids=(2,))
 TASKS = [
     {"id": f"t{i}", "instruction": f"Do number {i}.", "is_classification": i % 3 == 0}
     for i in range(10)
@@ -164,13 +163,16 @@ def says(request: Request) -> Completion:
     return Completion(text, (), (), reason)
 
 
-class FakeEngine:
-    """In place of `Engine`; keeps all requests."""
+class FakeBase:
+    """A base model and its engine in one, without weights; keeps all requests."""
 
-    requests: ClassVar[list[list[Request]]] = []
+    def __init__(self) -> None:
+        self.tokenizer = byte_tokenizer()
+        self.requests: list[list[Request]] = []
 
-    def __init__(self, *args: Any) -> None:
-        *_, self.batch_size = args
+    def engine(self, batch_size: int, lora: config_lib.Lora) -> "FakeBase":
+        self.batch_size = batch_size
+        return self
 
     def generate(
         self, params: Any, requests: Sequence[Request], progress: Callable[[int], None]
@@ -181,26 +183,24 @@ class FakeEngine:
         return [says(request) for request in requests]
 
 
-@pytest.fixture(autouse=True)
-def engine(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
-    monkeypatch.setattr(instances, "Engine", FakeEngine)
-    monkeypatch.setattr(FakeEngine, "requests", [])
-    return FakeEngine
+CONFIG = dataclasses.replace(
+    tiny.get_config(),
+    prompts=dataclasses.replace(tiny.get_config().prompts, accept_unmarked_output=False),
+)
 
 
-def run(workdir: Path) -> None:
-    config = tiny.get_config()
-    config = dataclasses.replace(
-        config, prompts=dataclasses.replace(config.prompts, accept_unmarked_output=False)
-    )
-    InstanceStage(config, BASE, seeds.load(), TASKS, workdir).run({})
+def run(workdir: Path) -> list[list[Request]]:
+    """Runs the stage; returns what it asked for, by batch."""
+    base: Any = FakeBase()
+    InstanceStage(CONFIG, base, seeds.load(), TASKS, workdir).run({})
+    return base.requests
 
 
 def contents(workdir: Path) -> list[bytes]:
     return [(workdir / name).read_bytes() for name in (instances.ACCEPTED, instances.REJECTED)]
 
 
-def test_every_answer_ends_in_one_of_the_files(tmp_path: Path, engine: type[FakeEngine]) -> None:
+def test_every_answer_ends_in_one_of_the_files(tmp_path: Path) -> None:
     run(tmp_path)
     kept, dropped = (
         records.read_rows(tmp_path / name) for name in (instances.ACCEPTED, instances.REJECTED)
@@ -220,18 +220,16 @@ def test_every_answer_ends_in_one_of_the_files(tmp_path: Path, engine: type[Fake
     assert len({row["reason"] for row in dropped}) >= 6
 
 
-def test_requests_ask_for_each_instruction_with_its_own_seed(
-    tmp_path: Path, engine: type[FakeEngine]
-) -> None:
-    run(tmp_path)
-    assert [len(batch) for batch in engine.requests] == [16, 16, 8]
-    requests = [request for batch in engine.requests for request in batch]
+def test_requests_ask_for_each_instruction_with_its_own_seed(tmp_path: Path) -> None:
+    batches = run(tmp_path)
+    assert [len(batch) for batch in batches] == [16, 16, 8]
+    requests = [request for batch in batches for request in batch]
     assert len({request.seed for request in requests}) == len(requests)
     for number, request in enumerate(requests):
-        text = BASE.tokenizer.decode(request.prompt_ids)
+        text = byte_tokenizer().decode(request.prompt_ids)
         assert text.startswith(prompts.HEADER)
         assert text.endswith(f"\n\nTask: Do number {number // 4}.\nInput:")
-        assert request.sampling == tiny.get_config().instances.sampling
+        assert request.sampling == CONFIG.instances.sampling
 
 
 @pytest.mark.parametrize("crash", range(6))
@@ -255,14 +253,10 @@ def test_a_crash_before_any_write_changes_nothing(
     assert contents(tmp_path / "twice") == contents(tmp_path / "whole")
 
 
-def test_a_second_run_makes_the_last_batch_again_with_the_same_result(
-    tmp_path: Path, engine: type[FakeEngine]
-) -> None:
+def test_a_second_run_makes_the_last_batch_again_with_the_same_result(tmp_path: Path) -> None:
     run(tmp_path)
     before = contents(tmp_path)
-    engine.requests.clear()
-    run(tmp_path)
-    assert [len(batch) for batch in engine.requests] == [8]
+    assert [len(batch) for batch in run(tmp_path)] == [8]
     assert contents(tmp_path) == before
 
 

@@ -71,13 +71,24 @@ def test_a_row_without_a_string_that_it_must_have_is_refused(row: str) -> None:
     assert records.parse_lines(lines[:1], Path("rows.jsonl"), strings=["text"])
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_number_that_json_does_not_have_is_refused_before_anything_is_written(
+NOT_FINITE = [float("nan"), float("inf"), float("-inf")]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_a_measurement_that_is_not_finite_becomes_null(value: float) -> None:
+    """JSON has no NaN; a metric of a diverged step must not end the run that reports it."""
+    assert records.to_line({"kl": value, "step": 3, "ok": True}) == (
+        '{"kl": null, "step": 3, "ok": true}\n'
+    )
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_one_deeper_down_is_refused_before_anything_is_written(
     value: float, tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.jsonl"
     with pytest.raises(ValueError, match="Out of range float"):
-        records.append_rows(path, [{"batch": 0}, {"batch": 1, "score": value}])
+        records.append_rows(path, [{"batch": 0}, {"batch": 1, "scores": [value]}])
     assert not path.exists()
 
 

@@ -117,6 +117,15 @@ def test_the_threshold_is_that_of_a_sort() -> None:
     np.testing.assert_array_equal((weights >= threshold).sum(axis=1), size)
 
 
+def test_top_k_is_exact_far_below_the_likeliest_token() -> None:
+    """299 tokens within a factor of 2 of each other, all 10^13 times less likely than the first."""
+    logits = -np.linspace(0, 0.7, 300, dtype=np.float32)
+    logits[0] = 30
+    weights = np.asarray(jax.nn.softmax(logits))[None]
+    for k in (1, 2, 20, 299):
+        assert (weights >= sampling._threshold(weights, limits(1, top_k=k))).sum() == k
+
+
 def test_presence_penalty_is_taken_once_from_seen_tokens() -> None:
     """2 - 1 < 1.9: the second wins, unless nothing was seen or nothing is taken."""
     logits = [2, 1.9, 0, 0]

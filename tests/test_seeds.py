@@ -69,6 +69,15 @@ GOOD = {
 }
 
 
+def test_lines_end_with_line_feeds_only(tmp_path: Path) -> None:
+    """What Unicode also calls a line break may stand unescaped in JSON; a BOM is no fault."""
+    text = "one\u2028two\x85three"
+    path = tmp_path / "own.jsonl"
+    line = json.dumps(GOOD | {"instruction": text}, ensure_ascii=False)
+    path.write_text(line + "\n", encoding="utf-8-sig")
+    assert seeds.load(path)[0].instruction == text
+
+
 def test_a_file_of_ones_own_may_have_blank_lines_and_more_fields(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
     path.write_text("\n" + json.dumps(GOOD | {"note": 1}) + "\n\n")

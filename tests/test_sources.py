@@ -92,6 +92,32 @@ def test_buffers_and_the_copy_of_a_tied_head_are_ignored(tmp_path: Path) -> None
     assert_same_trees(hf.read_params(config, tmp_path), random_params(config))
 
 
+def test_weights_in_parts_are_those_that_the_index_names(tmp_path: Path) -> None:
+    """Another file in the directory, a copy in another format say, is not read."""
+    hf.write_params(LLAMA, random_params(LLAMA), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    owners = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(tensors)}
+    for name in set(owners.values()):
+        part = {key: tensor for key, tensor in tensors.items() if owners[key] == name}
+        save_file(part, tmp_path / name)
+    save_file({"odd": np.zeros(1)}, tmp_path / "consolidated.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": owners}))
+    assert_same_trees(hf.read_params(LLAMA, tmp_path), random_params(LLAMA))
+    (tmp_path / "model-0.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model-0\.safetensors: not a readable safetensors file"):
+        hf.read_params(LLAMA, tmp_path)
+
+
+def test_a_torn_weights_file_is_named(tmp_path: Path) -> None:
+    hf.write_params(LLAMA, random_params(LLAMA), tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
+        hf.read_params(LLAMA, tmp_path)
+
+
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no \*.safetensors file"):
         hf.read_params(LLAMA, tmp_path)

@@ -1,0 +1,386 @@
+"""Fine-tuning: masks by hand, steps against a plain transcription, crashes, and the export."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+import transformers
+from jax.tree_util import keystr, tree_leaves_with_path
+from transformers import PreTrainedTokenizerFast
+
+from refine_af import checkpoints, finetuning, mesh, records, training
+from refine_af import config as config_lib
+from refine_af.base_model import BaseModel, lora_config
+from refine_af.config import Experiment, Sampling, Sft
+from refine_af.configs import tiny
+from refine_af.engine import Request
+from refine_af.finetuning import Examples, FinetuningStage, encode, pad
+from refine_af.models import hf, lora, transformer
+from refine_af.models.byte_tokenizer import byte_tokenizer
+from refine_af.models.registry import PRESETS
+
+TINY = PRESETS["tiny"]
+TOKENIZER = byte_tokenizer()
+EOS = TOKENIZER.eos_token_id
+SFT = dataclasses.replace(tiny.get_config().sft, batch_size=4, num_microbatches=2, max_length=256)
+LORA = lora_config(SFT.lora)
+
+
+# Encoding and masks
+
+
+def row(instruction: str, text: str = "", output: str = "la") -> dict[str, str]:
+    return {"instruction": instruction, "input": text, "output": output}
+
+
+def test_alpaca_without_an_input() -> None:
+    prompt, response = encode(row("Sing."), TOKENIZER, "alpaca", EOS)
+    assert TOKENIZER.decode(prompt) == (
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\nSing.\n\n### Response:\n"
+    )
+    assert response == [*TOKENIZER("la").input_ids, EOS]
+
+
+def test_alpaca_with_an_input() -> None:
+    prompt, response = encode(row("Add.", "1 {2}", "3"), TOKENIZER, "alpaca", EOS)
+    assert TOKENIZER.decode(prompt) == (
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 {2}\n\n### Response:\n"
+    )
+    assert response == [*TOKENIZER("3").input_ids, EOS]
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("text", "asked"), [("1 2", "Add.\n1 2"), ("", "Add.")])
+def test_a_chat_has_the_task_as_the_turn_of_the_user(text: str, asked: str) -> None:
+    prompt, response = encode(row("Add.", text, "3"), chat_tokenizer(), "chat", EOS)
+    assert TOKENIZER.decode(prompt) == f"[user]{asked}[assistant]"
+    assert response == [*TOKENIZER("3").input_ids, EOS]
+
+
+def test_chat_needs_a_template() -> None:
+    with pytest.raises(ValueError, match="tokenizer has no chat template; use raw"):
+        encode(row("Add."), TOKENIZER, "chat", EOS)
+
+
+def test_targets_are_the_positions_before_response_tokens() -> None:
+    """Three tokens of prompt, two of response: columns 2 and 3 predict them. Then an idle row."""
+    examples = pad([([7, 8, 9], [5, 2]), ([7], [5, 6, 2]), ([], [])], 6)
+    assert examples.tokens.tolist() == [[7, 8, 9, 5, 2, 0], [7, 5, 6, 2, 0, 0], [0] * 6]
+    assert examples.targets.tolist() == [[0, 0, 1, 1, 0], [1, 1, 1, 0, 0], [0] * 5]
+
+
+# Steps
+
+
+@functools.cache
+def base() -> BaseModel:
+    """Random weights with logits of order 1 on two devices, each with half of the weights."""
+    devices = mesh.make_mesh(config_lib.Mesh(fsdp=2), jax.devices()[:2])
+    rng = np.random.default_rng(0)
+
+    def draw(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        mean = 1.0 if path[-1].key == "scale" else 0.0
+        return (mean + 0.15 * rng.standard_normal(shape.shape)).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda: transformer.init(TINY, key=jax.random.key(0)))[0]
+    params = jax.device_put(
+        jax.tree_util.tree_map_with_path(draw, shapes),
+        mesh.param_shardings(TINY, None, devices)[0],
+    )
+    return BaseModel(TINY, transformer.define(TINY), params, TOKENIZER, (EOS,), devices)
+
+
+@functools.cache
+def noisy_adapter() -> Any:
+    """Host arrays of an adapter as if after some training: a fresh one has no gradient in A."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(lambda: transformer.init(TINY, LORA, key=jax.random.key(0)))[1]
+    return jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
+
+
+def batch() -> Examples:
+    """Responses of different lengths, and one idle row."""
+    rng = np.random.default_rng(2)
+    lengths = [(9, 5), (20, 12), (3, 1), (0, 0)]
+    pairs = [[rng.integers(4, 260, n).tolist() for n in pair] for pair in lengths]
+    return pad([(prompt, response) for prompt, response in pairs], 32)
+
+
+def optimize(options: Sft, steps: int) -> tuple[Any, list[dict[str, float]]]:
+    """Adapter after `steps` of the same batch, and the figures of each."""
+    tx = finetuning.optimizer(options, total_steps=steps)
+    step = finetuning.make_step(base().adapted(options.lora), options, tx)
+    shardings = mesh.param_shardings(TINY, LORA, base().mesh)[1]
+    params = {"adapter": jax.device_put(noisy_adapter(), shardings)}
+    state = base().place_state(training.new_state(params, tx, 0.0))
+    history = []
+    for _ in range(steps):
+        state, figures = step(base().params, state, mesh.shard_batch(base().mesh, batch()))
+        history.append({name: float(value) for name, value in figures.items()})
+    assert int(state.step) == steps
+    return state.params["adapter"], history
+
+
+plain_optimize = functools.cache(functools.partial(optimize, SFT, 3))
+
+
+def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
+    left, right = tree_leaves_with_path(actual), tree_leaves_with_path(expected)
+    assert [keystr(path) for path, _ in left] == [keystr(path) for path, _ in right]
+    for (path, a), (_, b) in zip(left, right, strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance, err_msg=keystr(path))
+
+
+@jax.jit
+@jax.value_and_grad
+def plain_loss(adapter: Any) -> jax.Array:
+    """Cross-entropy of the merged model's whole logits, a mean over the response tokens."""
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), base().params)
+    merged = lora.merge(params, adapter, LORA)
+    model = transformer.bind(transformer.define(TINY), merged)
+    ids, targets = batch()
+    logits = model.logits(model(ids, jnp.zeros(4, jnp.int32))[0])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
+    return jnp.sum(losses * targets) / jnp.sum(targets)
+
+
+def test_steps_are_those_of_a_plain_transcription() -> None:
+    """Clipped to norm 1, then Adam; the rate is peak / 2, peak, and half of the peak by cosine."""
+    actual, figures = plain_optimize()
+    adapter = noisy_adapter()
+    mean = square = jax.tree.map(np.zeros_like, adapter)
+    for step, rate in enumerate([0.5e-3, 1e-3, 0.5e-3], start=1):
+        loss, grads = plain_loss(adapter)
+        norm = float(optax.tree.norm(grads))
+        assert figures[step - 1]["loss"] == pytest.approx(float(loss), abs=1e-5)
+        assert figures[step - 1]["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        grads = jax.tree.map(lambda g, norm=norm: np.asarray(g, np.float64) / max(norm, 1), grads)
+        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, grads)
+        square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, square, grads)
+        adapter = jax.tree.map(
+            lambda x, m, v, t=step, rate=rate: (
+                x - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            ).astype(np.float32),
+            adapter,
+            mean,
+            square,
+        )
+    assert max(f["grad_norm"] for f in figures) > 1, "clipping is at work"
+    assert_close(actual, adapter, 1e-5)
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_microbatches_change_nothing(pieces: int) -> None:
+    options = dataclasses.replace(SFT, num_microbatches=pieces)
+    assert_close(optimize(options, 3), plain_optimize(), 1e-6)
+
+
+# The stage
+
+
+ROWS = [row(f"Say word {i}.", "x" * (5 + i), "ab" * (1 + i % 5)) for i in range(13)] + [
+    row("This one is left out.", "y" * 300)
+]
+EXPERIMENT = dataclasses.replace(tiny.get_config(), sft=SFT)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs() -> Iterator[None]:
+    """Each start of the stage takes what the start before compiled and drew."""
+    draw, drawn = BaseModel.new_adapter, {}
+
+    def new_adapter(self: BaseModel, options: config_lib.Lora, key: jax.Array) -> Any:
+        seed = (options, *jax.random.key_data(key).tolist())
+        if seed not in drawn:
+            drawn[seed] = draw(self, options, key)
+        return jax.tree.map(lambda x: jax.device_put(np.array(x), x.sharding), drawn[seed])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BaseModel, "new_adapter", new_adapter)
+        for name in ("optimizer", "make_step"):
+            patch.setattr(finetuning, name, functools.cache(getattr(finetuning, name)))
+        yield
+
+
+def stage(workdir: Path, config: Experiment = EXPERIMENT) -> FinetuningStage:
+    return FinetuningStage(config, base(), ROWS, workdir)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Workdir of an undisturbed run: 2 epochs of 3 steps, a checkpoint after every second."""
+    workdir = tmp_path_factory.mktemp("whole")
+    stage(workdir).run()
+    return workdir
+
+
+def metrics(workdir: Path) -> list[records.Row]:
+    rows = records.read_rows(workdir / finetuning.METRICS)
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def tuned(workdir: Path) -> Any:
+    adapter = finetuning.tuned_adapter(EXPERIMENT, base(), workdir)
+    return jax.tree.map(np.asarray, adapter)
+
+
+def test_the_stage_takes_every_step_and_learns(whole: Path) -> None:
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(6))
+    assert [row["epoch"] for row in rows] == pytest.approx([(i + 1) / 3 for i in range(6)])
+    assert ["eval_loss" in row for row in rows] == [False, False, True] * 2
+    assert np.mean([row["loss"] for row in rows[3:]]) < np.mean([row["loss"] for row in rows[:3]])
+
+
+def test_every_example_is_seen_once_an_epoch_in_another_order() -> None:
+    train, held_out = stage(Path())._examples()
+    assert (len(train), len(held_out)) == (11, 2)
+    orders = []
+    for epoch in range(2):
+        batches = [stage(Path())._batch(train, 3 * epoch + step, 3) for step in range(3)]
+        seen = np.concatenate([examples.tokens for examples, _ in batches])
+        assert seen.shape[0] == 12, "the last batch is filled with an idle row"
+        orders.append([row.tolist() for row in seen if row.any()])
+        assert sum(count for _, count in batches) == sum(len(p) + len(r) for p, r in train)
+    assert sorted(orders[0]) == sorted(orders[1])
+    assert orders[0] != orders[1]
+    inside = [tuple(p + r) for p, r in train + held_out]
+    assert len(set(inside)) == 13
+
+
+def fail_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, killed when it is called for the `call`-th time."""
+    calls = iter(range(call))
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, None) is None:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [
+        (records, "append_rows", 1),  # before the first checkpoint
+        (records, "append_rows", 4),  # a row after the second
+        (checkpoints, "save", 1),  # rows are written that no checkpoint holds
+        (hf, "write_params", 0),  # all steps are done, the export is not
+        (hf, "write_config", 0),
+    ],
+    ids=["row-1", "row-4", "save-1", "export", "export-end"],
+)
+def test_a_run_that_was_killed_ends_as_an_undisturbed_one(
+    module: Any, name: str, call: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, name, fail_at(call, getattr(module, name)))
+        stage(tmp_path).run()
+    assert not finetuning.finished(tmp_path)
+    stage(tmp_path).run()
+    assert finetuning.finished(tmp_path)
+    assert metrics(tmp_path) == metrics(whole)
+    assert_close(tuned(tmp_path), tuned(whole), 0)
+    file = f"{finetuning.EXPORT}/model.safetensors"
+    assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_step_that_is_not_finite_is_recorded_as_null(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss is NaN, and JSON has no such number."""
+    make_step = finetuning.make_step
+
+    def broken(*args: Any) -> Callable[..., Any]:
+        step = make_step(*args)
+
+        def run(*inputs: Any) -> Any:
+            state, figures = step(*inputs)
+            return state, figures | ({"loss": jnp.asarray(jnp.nan)} if state.step == 2 else {})
+
+        return run
+
+    monkeypatch.setattr(finetuning, "make_step", broken)
+    stage(tmp_path).run()
+    assert [row["loss"] is None for row in metrics(tmp_path)] == [False, True] + [False] * 4
+
+
+def test_without_an_example_that_fits_there_is_nothing_to_do(tmp_path: Path) -> None:
+    short = dataclasses.replace(EXPERIMENT, sft=dataclasses.replace(SFT, max_length=100))
+    with pytest.raises(ValueError, match=r"none of 14 examples fits sft.max_length=100"):
+        stage(tmp_path, short).run()
+
+
+def test_the_adapter_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"fine-tuning has not finished; run finetune first"):
+        finetuning.tuned_adapter(EXPERIMENT, base(), tmp_path)
+
+
+# The export, as transformers reads it
+
+
+@pytest.fixture(scope="module")
+def exported(whole: Path) -> transformers.PreTrainedModel:
+    torch.set_num_threads(1)  # its threads and XLA's, spinning on the same cores
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        whole / finetuning.EXPORT, attn_implementation="eager"
+    ).eval()
+
+
+def test_the_loss_on_held_out_examples_is_that_of_the_export(
+    exported: transformers.PreTrainedModel, whole: Path
+) -> None:
+    _, held_out = stage(whole)._examples()
+    total = count = 0.0
+    for prompt, response in held_out:
+        with torch.no_grad():
+            logits = exported(torch.tensor([prompt + response])).logits[0]
+        logprobs = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+        total -= logprobs[range(len(response)), response].sum().item()
+        count += len(response)
+    assert metrics(whole)[-1]["eval_loss"] == pytest.approx(total / count, abs=1e-5)
+
+
+def test_the_export_writes_the_same_greedy_text(
+    exported: transformers.PreTrainedModel, whole: Path
+) -> None:
+    prompt = encode(ROWS[0], TOKENIZER, "alpaca", EOS)[0]
+    params = base().for_sampling(finetuning.tuned_adapter(EXPERIMENT, base(), whole), SFT.lora)
+    request = Request(tuple(prompt), Sampling(temperature=0.0, max_new_tokens=32))
+    (ours,) = base().engine(2, SFT.lora).generate(params, [request])
+    with torch.no_grad():
+        theirs = exported.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)
+    assert list(ours.token_ids) == theirs[0, len(prompt) :].tolist()
+    assert len(set(ours.token_ids)) > 1
+
+
+def test_the_export_has_its_tokenizer_and_is_not_the_base(
+    exported: transformers.PreTrainedModel, whole: Path
+) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole / finetuning.EXPORT)
+    text = "Sing — ♪\n"
+    assert tokenizer(text).input_ids == TOKENIZER(text).input_ids
+    assert tokenizer.eos_token_id == exported.config.eos_token_id[0] == EOS
+    kernel = exported.model.layers[0].self_attn.q_proj.weight.detach().numpy().T
+    before = np.asarray(base().params["layers"]["attention"]["q"]["kernel"][0])
+    assert 1e-4 < np.abs(kernel - before).max() < 0.1

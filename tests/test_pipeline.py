@@ -1,0 +1,334 @@
+"""The whole pipeline on the tiny config, in processes of its own: files, seeds, interruptions."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import pyarrow.parquet
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from refine_af import records
+from refine_af.models import hf, sources
+
+STAGES = (
+    "generate_instructions",
+    "train_ppo",
+    "generate_instances",
+    "finetune",
+    "evaluate",
+    "report",
+)
+# Outputs of a run, by stage.
+PREDICTIONS = "predictions.jsonl"  # greedy, so that a small change of the weights may not show
+WHOLE = (
+    "config.json",
+    "instructions.jsonl",
+    "rejected_instructions.jsonl",
+    "ppo/rollouts.jsonl",
+    "instances.jsonl",
+    "rejected_instances.jsonl",
+    "dataset/README.md",
+    "sft/hf/config.json",
+    "sft/hf/generation_config.json",
+    "sft/hf/model.safetensors",
+    "sft/hf/tokenizer.json",
+    "sft/hf/tokenizer_config.json",
+    PREDICTIONS,
+    "evaluation.json",
+)
+METRICS = ("ppo/metrics.jsonl", "sft/metrics.jsonl")  # rows with times
+DATASET = "dataset/train.parquet"
+REPORT = ("report.html", "timings.json")  # with times
+
+
+class Ended(NamedTuple):
+    """How a program ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class Programs:
+    """Starts programs on one device, with one compilation cache for all."""
+
+    def __init__(self, scratch: Path) -> None:
+        self.scratch = scratch
+        self.environment = os.environ | {
+            "XLA_FLAGS": "",
+            "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        self.number = 0
+
+    def start(self, name: str, workdir: Path, *args: str, **variables: str) -> "Running":
+        """Start a program in the background."""
+        self.number += 1
+        log = self.scratch / f"{self.number}-{name}"
+        command = [sys.executable, "-m", f"refine_af.launch.{name}", f"--workdir={workdir}", *args]
+        config = [] if name == "report" else ["--config=tiny"]
+        with log.with_suffix(".out").open("w") as out, log.with_suffix(".err").open("w") as err:
+            process = subprocess.Popen(
+                [*command, *config], stdout=out, stderr=err, env=self.environment | variables
+            )
+        return Running(process, log, time.monotonic())
+
+    def run(self, name: str, workdir: Path, *args: str, **variables: str) -> Ended:
+        """Run a program to its end."""
+        return self.start(name, workdir, *args, **variables).wait()
+
+
+class Running(NamedTuple):
+    """A program at work."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    began: float
+
+    def wait(self) -> Ended:
+        """Let it come to its end."""
+        try:
+            code = self.process.wait(timeout=400)
+        finally:
+            self.process.kill()
+        texts = [self.log.with_suffix(suffix).read_text() for suffix in (".out", ".err")]
+        return Ended(code, *texts, time.monotonic() - self.began)
+
+    def stop_when(self, ready: Callable[[], bool], how: signal.Signals) -> Ended:
+        """Send a signal at the moment when `ready` holds."""
+        while not ready() and self.process.poll() is None:
+            time.sleep(0.002)
+        self.process.send_signal(how)
+        return self.wait()
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    return Programs(tmp_path_factory.mktemp("programs"))
+
+
+class Done(NamedTuple):
+    """A finished run."""
+
+    workdir: Path
+    ended: Ended
+
+
+@pytest.fixture(scope="module")
+def undisturbed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The run that all others are held against."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    ended = programs.run("pipeline", workdir)
+    assert ended.code == 0, ended.err
+    return Done(workdir, ended)
+
+
+def rows_without_times(path: Path) -> list[records.Row]:
+    return [
+        {key: value for key, value in row.items() if not key.startswith("time/")}
+        for row in records.read_rows(path)
+    ]
+
+
+def outputs(workdir: Path) -> dict[str, Any]:
+    """All that a run leaves behind and that its config and seed alone decide, by file."""
+    found: dict[str, Any] = {name: (workdir / name).read_bytes() for name in WHOLE}
+    found |= {name: rows_without_times(workdir / name) for name in METRICS}
+    return found | {DATASET: pyarrow.parquet.read_table(workdir / DATASET).to_pylist()}
+
+
+def differences(left: Path, right: Path) -> list[str]:
+    """Names of the outputs in which two runs differ."""
+    ours, theirs = outputs(left), outputs(right)
+    return [name for name in ours if ours[name] != theirs[name]]
+
+
+# One run
+
+
+def test_a_run_leaves_every_file(undisturbed: Done) -> None:
+    workdir, ended = undisturbed
+    assert ended.out == f"report: {workdir / 'report.html'}\n"
+    assert "Traceback" not in ended.err
+    names = {str(p.relative_to(workdir)) for p in workdir.rglob("*") if p.is_file()}
+    assert {*WHOLE, *METRICS, DATASET, *REPORT} <= names
+    others = {name for name in names - {*WHOLE, *METRICS, DATASET, *REPORT}}
+    folders = ("ppo/checkpoints/", "ppo/events.out.tfevents.", "sft/checkpoints/")
+    assert not {name for name in others if not name.startswith(folders)}
+    assert all(any(name.startswith(folder) for name in others) for folder in folders)
+    assert not [name for name in names if "partial" in name or "tmp" in name]
+
+
+def test_every_stage_did_something(undisturbed: Done) -> None:
+    """Else equality of runs would mean little."""
+    workdir = undisturbed.workdir
+    lengths = {
+        name: len(records.read_rows(workdir / name))
+        for name in [*WHOLE, *METRICS]
+        if name.endswith(".jsonl")
+    }
+    assert lengths["instructions.jsonl"] == 12
+    assert lengths["ppo/metrics.jsonl"] == 3
+    assert lengths["ppo/rollouts.jsonl"] == 24
+    assert lengths["predictions.jsonl"] == 48
+    assert all(lengths.values())
+    batches = {row["batch"] for row in records.read_rows(workdir / "instances.jsonl")}
+    assert batches == {0, 1, 2}
+    assert list(json.loads((workdir / "timings.json").read_text())) == list(STAGES[:-1])
+    scores = json.loads((workdir / "evaluation.json").read_text())
+    assert list(scores["arms"]) == ["base", "refine_af"]
+    metrics = records.read_rows(workdir / "sft/metrics.jsonl")
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert [row["epoch"] for row in metrics if "eval_loss" in row] == [1.0, 2.0]
+
+
+def test_the_data_set_loads(undisturbed: Done, tmp_path: Path) -> None:
+    """By its parquet file, and by its folder, whose card names the file."""
+    folder = undisturbed.workdir / "dataset"
+    kept = records.read_rows(undisturbed.workdir / "instances.jsonl")
+    for where in (
+        {"path": "parquet", "data_files": str(folder / "train.parquet")},
+        {"path": str(folder)},
+    ):
+        table = datasets.load_dataset(**where, cache_dir=str(tmp_path))["train"]
+        names = ["id", "instruction", "input", "output", "is_classification"]
+        assert table.column_names == names
+        assert table.to_list() == [{name: row[name] for name in names} for row in kept]
+
+
+def test_the_tuned_model_loads_in_transformers(undisturbed: Done) -> None:
+    """And is another one than the base model."""
+    folder = undisturbed.workdir / "sft/hf"
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info.values()), info
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer("Say hello.").input_ids])
+    with torch.no_grad():
+        assert model(ids).logits.shape == (1, 10, len(tokenizer))
+    base = sources.load("random:tiny")
+    tuned = hf.read_params(base.config, folder)["layers"]["attention"]["q"]["kernel"]
+    assert not np.array_equal(tuned, base.params["layers"]["attention"]["q"]["kernel"])
+    assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == np.float32
+
+
+def test_a_second_start_changes_nothing_and_is_quick(undisturbed: Done, programs: Programs) -> None:
+    workdir, first = undisturbed
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    ended = programs.run("pipeline", workdir)
+    assert ended[:2] == (0, first.out)
+    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    assert [path for path in before | after if before.get(path) != after.get(path)] == []
+    assert ended.seconds < first.seconds / 2
+
+
+def test_a_seed_decides_everything(undisturbed: Done, programs: Programs, tmp_path: Path) -> None:
+    """The same one gives the same bytes; another one gives others in every stage."""
+    starts = [
+        programs.start("pipeline", tmp_path / "twin"),
+        programs.start("pipeline", tmp_path / "other", "--config.seed=1"),
+    ]
+    for ended in [start.wait() for start in starts]:
+        assert ended.code == 0, ended.err
+    assert differences(undisturbed.workdir, tmp_path / "twin") == []
+    changed = {*differences(undisturbed.workdir, tmp_path / "other")}
+    assert {DATASET, "sft/hf/model.safetensors", *METRICS} <= changed
+    assert {name for name in WHOLE if name.endswith("s.jsonl")} - {PREDICTIONS} <= changed
+
+
+# Interruptions
+
+
+class Moment(NamedTuple):
+    """When a program is stopped, in terms of what it has written."""
+
+    stage: str
+    wanted: str  # pattern of a file
+    rows: int  # that it has at least
+
+    def reached(self, workdir: Path) -> bool:
+        """Whether it has come."""
+        files = list(workdir.glob(self.wanted))
+        return bool(files) and (not self.rows or len(records.read_rows(files[0])) >= self.rows)
+
+
+MOMENTS = (
+    Moment("generate_instructions", "config.json", 0),  # before the first batch
+    Moment("generate_instructions", "rejected_instructions.jsonl", 1),
+    Moment("generate_instructions", "instructions.jsonl", 4),
+    Moment("train_ppo", "ppo/rollouts.jsonl", 1),
+    Moment("train_ppo", "ppo/checkpoints/*tmp*", 0),  # a checkpoint is being written
+    Moment("train_ppo", "ppo/metrics.jsonl", 2),
+    Moment("generate_instances", "*instances.jsonl", 1),
+    Moment("finetune", "sft/metrics.jsonl", 1),
+    Moment("finetune", "sft/metrics.jsonl", 7),
+    Moment("evaluate", "predictions.jsonl", 1),
+)
+TORN = b'{"batch": 0, "step": 0, "arm": "base", "text": "\xe2\x82'
+
+
+def interrupted(ended: Ended, how: signal.Signals) -> bool:
+    """Whether a program was stopped in its work, and said so as it should."""
+    if how == signal.SIGKILL:
+        return ended.code == -how
+    last = ended.err.splitlines()[-1]
+    polite = last == "stopped; the same command goes on from here"
+    return ended.code == 130 and polite and "Traceback" not in ended.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=str)
+def test_a_pipeline_stopped_again_and_again_ends_as_if_undisturbed(
+    how: signal.Signals, undisturbed: Done, programs: Programs, tmp_path: Path
+) -> None:
+    """SIGKILL comes with torn last lines, as from a machine that goes down."""
+    for moment in MOMENTS:
+        running = programs.start("pipeline", tmp_path)
+        ended = running.stop_when(lambda moment=moment: moment.reached(tmp_path), how)
+        assert interrupted(ended, how), (moment, ended)
+        if how == signal.SIGKILL:
+            for path in tmp_path.glob(moment.wanted):
+                if path.suffix == ".jsonl":
+                    path.write_bytes(path.read_bytes() + TORN)
+    ended = programs.run("pipeline", tmp_path)
+    assert ended.code == 0, ended.err
+    assert differences(undisturbed.workdir, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_stages_by_their_own_programs_make_the_same_run(
+    undisturbed: Done, programs: Programs, tmp_path: Path
+) -> None:
+    """Each of them is stopped once, if it has a moment for it."""
+    for stage in STAGES:
+        moment = next((m for m in MOMENTS[1:] if m.stage == stage), None)
+        if moment:
+            running = programs.start(stage, tmp_path)
+            ended = running.stop_when(lambda moment=moment: moment.reached(tmp_path), signal.SIGINT)
+            assert interrupted(ended, signal.SIGINT), (moment, ended)
+        ended = programs.run(stage, tmp_path)
+        assert ended.code == 0, ended.err
+    assert differences(undisturbed.workdir, tmp_path) == []
+
+
+@pytest.mark.slow
+def test_a_run_on_four_devices_finishes(programs: Programs, tmp_path: Path) -> None:
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+    devices = "--xla_force_host_platform_device_count=4"
+    ended = programs.run("pipeline", tmp_path, *mesh, XLA_FLAGS=devices)
+    assert ended.code == 0, ended.err
+    assert outputs(tmp_path).keys() == {*WHOLE, *METRICS, DATASET}
+    assert all(outputs(tmp_path).values())

