@@ -41,7 +41,7 @@ def get_config() -> Experiment:
             ),
         ),
         prompts=Prompts(
-            format="raw", num_demos=2, max_demo_chars=300, accept_unmarked_output=False
+            format="raw", num_demos=2, max_demo_chars=220, accept_unmarked_output=False
         ),
         reward=Reward(),
         ppo=Ppo(

@@ -55,9 +55,14 @@ class LoadedModel:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Token ids that end a text."""
+        """Token ids that end a text.
+
+        Raises:
+            ValueError: the tokenizer names none.
+        """
         eos = self.tokenizer.eos_token_id
-        assert isinstance(eos, int)
+        if not isinstance(eos, int):
+            raise ValueError(f"model {self.name!r}: its tokenizer has no end token")
         return (eos,)
 
 

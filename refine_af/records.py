@@ -19,12 +19,15 @@ def read_rows(path: Path) -> list[Row]:
     """All rows; [] when there is no file. A last line without its newline is ignored.
 
     Raises:
-        ValueError: `file:line` of a complete line that is not a JSON object.
+        ValueError: `file:line` of a complete line that is not a JSON object, or not UTF-8.
     """
     if not path.exists():
         return []
-    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    return parse_lines(lines, path)
+    *lines, _torn = path.read_bytes().split(b"\n")
+    try:
+        return parse_lines([line.decode() for line in lines], path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} in {error.object[:40]!r})") from None
 
 
 def parse_lines(lines: Iterable[str], path: Path, strings: Sequence[str] = ()) -> list[Row]:
