@@ -6,6 +6,7 @@ import dis
 import importlib.util
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -164,6 +165,8 @@ def start(main: Callable[[], None], *, with_config: bool = False) -> None:
     Exit status: 0 done; 2 bad input, or a file that cannot be read or written; 130 Ctrl-C.
     """
     parse = parse_with_config if with_config else _parse
+    # A shell starts background jobs with SIGINT ignored; `kill -INT` is to stop those too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         left = parse(sys.argv)
         if len(left) > 1:

@@ -164,7 +164,9 @@ def test_a_workdir_belongs_to_one_config(program: Program, tmp_path: Path) -> No
         "or --force_config to go on with the new one"
     )
     assert path.read_bytes() == before
-    lacking = f"{tmp_path / 'instructions.jsonl'}: no rows; run generate_instructions first"
+    lacking = (
+        f"{tmp_path / 'instructions.jsonl'}: 0 of 12 instructions; run generate_instructions first"
+    )
     assert program(*other, "--force_config") == refused(lacking)
     assert program(*other) == refused(lacking), "now it is the new config's"
 

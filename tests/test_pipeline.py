@@ -1,5 +1,6 @@
 """The whole pipeline on the tiny config, in processes of its own: files, seeds, interruptions."""
 
+import contextlib
 import json
 import os
 import signal
@@ -164,10 +165,11 @@ def test_a_run_leaves_every_file(undisturbed: Done) -> None:
     assert "Traceback" not in ended.err
     names = {str(p.relative_to(workdir)) for p in workdir.rglob("*") if p.is_file()}
     assert {*WHOLE, *METRICS, DATASET, *REPORT} <= names
-    others = {name for name in names - {*WHOLE, *METRICS, DATASET, *REPORT}}
-    folders = ("ppo/checkpoints/", "ppo/events.out.tfevents.", "sft/checkpoints/")
-    assert not {name for name in others if not name.startswith(folders)}
-    assert all(any(name.startswith(folder) for name in others) for folder in folders)
+    others = names - {*WHOLE, *METRICS, DATASET, *REPORT}
+    folders = {"/".join(name.split("/")[:2]) for name in others}
+    events = {name for name in folders if name.startswith("ppo/events.out.tfevents.")}
+    assert folders - events == {"ppo/checkpoints", "sft/checkpoints"}
+    assert len(events) == 1
     assert not [name for name in names if "partial" in name or "tmp" in name]
 
 
@@ -261,8 +263,11 @@ class Moment(NamedTuple):
 
     def reached(self, workdir: Path, since: float) -> bool:
         """Whether it has come, by something that was written after the time `since`."""
-        files = [p for p in workdir.glob(self.wanted) if p.stat().st_mtime > since]
-        return bool(files) and (not self.rows or len(records.read_rows(files[0])) >= self.rows)
+        for path in workdir.glob(self.wanted):
+            with contextlib.suppress(FileNotFoundError):  # renamed since it was listed
+                if path.stat().st_mtime > since:
+                    return not self.rows or len(records.read_rows(path)) >= self.rows
+        return False
 
 
 MOMENTS = (
@@ -296,6 +301,7 @@ def is_stopped(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a dozen starts
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=str)
 def test_a_pipeline_stopped_again_and_again_ends_as_if_undisturbed(
     how: signal.Signals, undisturbed: Done, programs: Programs, tmp_path: Path
@@ -312,6 +318,7 @@ def test_a_pipeline_stopped_again_and_again_ends_as_if_undisturbed(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_stages_by_their_own_programs_make_the_same_run(
     undisturbed: Done, programs: Programs, tmp_path: Path
 ) -> None:
