@@ -33,6 +33,17 @@ TEXTS = [
     *PROMPTS[:3],
     "  two  spaces\n\n\ttab 007 naïve café 你好 🙂 <|im_start|>user\nhi<|im_end|>",
 ]
+TRICKY = [
+    "3.14159 -1e-5 1,000,000 0x1F 12th ①②",
+    "don't I'll WE'RE it's 'quoted'",
+    " \n \t\r\n\n   trailing   ",
+    "nbsp\u00a0zero\u200bwidth\u2028line \u0301\ufeff",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 🇩🇪 \U0001d573 Здравствуй, мир! שלום नमस्ते",
+    "for (int i = 0; i < n; ++i) {\n\ta[i] ^= b[i] << 3; // ok\n}",
+    "<|endoftext|><|im_start|>assistant\n<|im_end|> < |im_end| >",
+    "a",
+    "",
+]
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +106,27 @@ def test_greedy_text_of_64_tokens_is_the_same_on_10_prompts(
         assert list(completion.token_ids) == expected.tolist()
 
 
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", [*TEXTS, *TRICKY])
 def test_the_tokenizer_is_the_one_that_transformers_reads_back(
     text: str, model: LoadedModel, reference: Any
 ) -> None:
     ids = ids_of(model, text)
     assert ids == reference[1](text).input_ids
-    assert model.tokenizer.decode(ids) == text
+    assert model.tokenizer.decode(ids) == reference[1].decode(ids) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("1984 cats", ["1", "9", "8", "4", "Ġcats"]),
+        ("<|im_start|>user", ["<|im_start|>", "user"]),
+        ("The capital", ["The", "Ġcapital"]),
+    ],
+)
+def test_digits_stand_alone_and_special_tokens_are_whole(
+    text: str, pieces: list[str], model: LoadedModel
+) -> None:
+    assert model.tokenizer.convert_ids_to_tokens(ids_of(model, text)) == pieces
 
 
 def test_the_chat_template_opens_the_assistants_turn(model: LoadedModel) -> None:
@@ -111,11 +136,11 @@ def test_the_chat_template_opens_the_assistants_turn(model: LoadedModel) -> None
 
 
 def test_bfloat16_stays_near_float32(model: LoadedModel) -> None:
-    """KL a token, as pure arithmetic: the weights are the same bfloat16 numbers for both."""
+    """KL(float32 || bfloat16) of every token, weights rounded too; measured: up to 2.0e-3."""
     half = hf.with_dtypes(model.config, "bfloat16", "bfloat16")
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
-    exact = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
-    tokens = jnp.asarray([ids_of(model, PROMPTS[1])])
-    p = jax.nn.log_softmax(logits(transformer.define(model.config), exact, tokens))
-    q = jax.nn.log_softmax(logits(transformer.define(half), rounded, tokens))
-    assert float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), axis=-1))) < 3e-3
+    for text in PROMPTS:
+        row = jnp.asarray([ids_of(model, text)])
+        p = jax.nn.log_softmax(logits(transformer.define(model.config), model.params, row))
+        q = jax.nn.log_softmax(logits(transformer.define(half), rounded, row))
+        assert float(jnp.max(jnp.sum(jnp.exp(p) * (p - q), axis=-1))) < 3e-3
