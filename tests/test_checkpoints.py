@@ -16,9 +16,6 @@ from refine_af import checkpoints, mesh, training
 from refine_af.config import Mesh
 from refine_af.training import TrainState
 
-# Of a damaged checkpoint Orbax drops the reads that are still under way.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 
 def on_mesh(devices: int, **axes: int) -> Callable[[Any], Any]:
     """Places a tree: matrices cut along fsdp and tensor, the rest whole."""
@@ -53,7 +50,7 @@ def save(directory: Path, *steps: int, keep: int = 9, place: Callable[[Any], Any
             checkpoints.save(manager, step, place(state(step)))
 
 
-def restore(directory: Path, like: TrainState) -> tuple[int, TrainState]:
+def restore(directory: Path, like: Any) -> tuple[int, Any]:
     with checkpoints.open_manager(directory, keep=9) as manager:
         return checkpoints.restore_latest(manager, like)
 
@@ -136,31 +133,40 @@ def test_what_is_not_finished_does_not_count(name: str, tmp_path: Path) -> None:
     assert_equal(restored, state(5))
 
 
+# One array alone: of several, Orbax leaves those behind that it reads when the first one fails.
+
+
+def save_array(directory: Path, *steps: int) -> None:
+    with checkpoints.open_manager(directory, keep=9) as manager:
+        for step in steps:
+            checkpoints.save(manager, step, {"x": jnp.full((64, 64), step, jnp.float32)})
+
+
 @pytest.mark.parametrize("pattern", ["d/*", "_METADATA", "manifest.ocdbt"])
 @pytest.mark.parametrize("flip", [True, False], ids=["flipped", "cut"])
 def test_a_damaged_checkpoint_is_an_error_and_the_one_before_is_good(
     pattern: str, flip: bool, tmp_path: Path
 ) -> None:
-    save(tmp_path, 5, 6)
+    save_array(tmp_path, 5, 6)
     (file,) = (tmp_path / "6/default").glob(pattern)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 0xFF
     file.write_bytes(data if flip else data[: len(data) // 2])
     message = rf"{tmp_path}/6: the checkpoint is damaged .* remove it to go on from the one before"
+    like = {"x": jnp.zeros((64, 64))}
     with pytest.raises(ValueError, match=message):
-        restore(tmp_path, ONE(state()))
+        restore(tmp_path, like)
     shutil.rmtree(tmp_path / "6")
-    step, restored = restore(tmp_path, ONE(state()))
+    step, restored = restore(tmp_path, like)
     assert step == 5
-    assert_equal(restored, state(5))
+    assert (restored["x"] == 5).all()
 
 
-def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path) -> None:
-    save(tmp_path, 5)
-    like = state()
-    like.params["adapter"]["a"] = np.zeros((8, 2), np.float32)
+@pytest.mark.parametrize(("name", "columns"), [("x", 32), ("y", 64)])
+def test_a_checkpoint_of_another_tree_is_refused(name: str, columns: int, tmp_path: Path) -> None:
+    save_array(tmp_path, 5)
     with pytest.raises(ValueError, match=r"/5: the checkpoint is damaged or of another config"):
-        restore(tmp_path, ONE(like))
+        restore(tmp_path, {name: jnp.zeros((64, columns))})
 
 
 def test_the_latest_step_of_nothing_is_0(tmp_path: Path) -> None:
