@@ -159,8 +159,11 @@ def require(holder: flags.FlagHolder[str | None]) -> str:
     return holder.value
 
 
-def start(main: Callable[[], None], *, with_config: bool = False) -> None:
+def start(main: Callable[[], None], *, with_config: bool = False, resumes: bool = True) -> None:
     """Run a program: parse flags, set up JAX, call `main`, turn faults into one line.
+
+    Args:
+        resumes: whether the same command goes on where it was stopped.
 
     Exit status: 0 done; 2 bad input, or a file that cannot be read or written; 130 Ctrl-C.
     """
@@ -176,7 +179,8 @@ def start(main: Callable[[], None], *, with_config: bool = False) -> None:
         _set_up_jax()
         main()
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        left_over = "the same command goes on from here" if resumes else "nothing was written"
+        print(f"\nstopped; {left_over}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, flags.Error) as error:
         if not _is_for_user(error):

@@ -8,13 +8,19 @@ from absl import flags as absl_flags
 
 from refine_af import base_model, records, tokens
 from refine_af.base_model import BaseModel
-from refine_af.config import Mesh, Model, Sampling, from_dict
+from refine_af.config import Lora, Mesh, Model, Sampling, from_dict
 from refine_af.engine import Request
 from refine_af.launch import flags
+from refine_af.models import lora
 from refine_af.progress import bar
 
 _MODEL = absl_flags.DEFINE_string(
-    "model", None, "Hugging Face directory, .gguf file, hub id, or a bundled name."
+    "model",
+    None,
+    "Hugging Face or Orbax directory, .gguf file, hub id, random:PRESET, or a bundled name.",
+)
+_ADAPTER = absl_flags.DEFINE_string(
+    "adapter", None, "LoRA adapter of the model, a directory in PEFT's format."
 )
 _PROMPT = absl_flags.DEFINE_string("prompt", None, "One prompt; its continuation is printed.")
 _PROMPTS = absl_flags.DEFINE_string(
@@ -45,7 +51,7 @@ def request_of(row: dict[str, Any], number: int, default: Sampling, base: BaseMo
     if ids is None:
         if not isinstance(row.get("prompt"), str):
             raise ValueError(f"row {number}: expected a string 'prompt' or 'prompt_token_ids'")
-        ids = tokens.encode_prompt(base.tokenizer, row["prompt"], _FORMAT.value)
+        ids = tokens.encode_prompt(base.source.tokenizer, row["prompt"], _FORMAT.value)
     vocab = base.config.vocab_size
     usable = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab for i in ids)
     if not usable:
@@ -83,14 +89,18 @@ def main() -> None:
     base = base_model.load(model, Mesh())
     requests = [request_of(row, i, default, base) for i, row in enumerate(rows)]
     size = min(_BATCH_SIZE.value, len(requests))
-    engine = base.engine(size)
+    options, adapter = None, None
+    if _ADAPTER.value is not None:
+        shape, adapter = lora.read_peft(Path(_ADAPTER.value), base.config)
+        options = Lora(**dataclasses.asdict(shape))
+    engine = base.engine(size, options)
     budget = sum(r.sampling.max_new_tokens for r in requests)
     with bar("generate", total=budget, unit="token") as progress:
 
         def count(new: int) -> None:
             progress.update(new)
 
-        completions = engine.generate(base.for_sampling(), requests, count)
+        completions = engine.generate(base.for_sampling(adapter, options), requests, count)
     if target is None:
         print(completions[0].text)
         return
@@ -109,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.start(main)
+    flags.start(main, resumes=False)

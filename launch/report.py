@@ -16,4 +16,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.start(main)
+    flags.start(main, resumes=False)

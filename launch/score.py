@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.start(main, with_config=True)
+    flags.start(main, with_config=True, resumes=False)

@@ -3,11 +3,35 @@
 import dataclasses
 
 DTYPES = ("float32", "bfloat16", "float16")
+ACTIVATIONS = ("silu", "gelu_tanh")
+KERNELS = ("auto", "xla", "cudnn", "splash")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearRope:
+    """Positions divided by `factor` (Chen et al., arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Llama3Rope:
+    """LLaMA-3.1's scaling (arXiv 2407.21783): only slow rotations are divided by `factor`.
+
+    A rotation is slow when `original_positions` tokens hold fewer than `low_freq_factor` of its
+    turns, and fast, left as it is, from `high_freq_factor` turns on; between the two it is a
+    mixture.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Numbers that define a LLaMA-style decoder; one instance per preset.
+    """Numbers that define a decoder; one instance per preset.
 
     Raises:
         ValueError: heads cannot be grouped, or a size is not positive.
@@ -24,10 +48,23 @@ class ModelConfig:
     rope_theta: float  # rotary base
     norm_eps: float
     tie_embeddings: bool  # the output head is the transposed embedding
+    rope_scaling: LinearRope | Llama3Rope | None = None
     sliding_window: int | None = None  # tokens a query sees, itself included; None: all
+    global_layers: tuple[int, ...] = ()  # layers that see all in spite of `sliding_window`
+    local_rope_theta: float | None = None  # of layers with a window; None: as in the others
+    qkv_bias: bool = False  # q, k and v add a bias
+    qk_norm: bool = False  # queries and keys go through an RMSNorm of each head, before rotation
+    post_norms: bool = False  # attention and feed-forward are normed after, too, before they add
+    norm_offset: float = 0.0  # added to the stored scale of every norm
+    activation: str = "silu"  # of the feed-forward's gate, one of ACTIVATIONS
+    scale_embeddings: bool = False  # multiply by sqrt(embed_dim), rounded to `dtype`
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: head_dim
+    attention_softcap: float | None = None  # scores become `cap * tanh(score / cap)`
+    logit_softcap: float | None = None
     family: str = "llama"  # key of `registry.FAMILIES`
     dtype: str = "float32"  # of activations and products, one of DTYPES
     param_dtype: str = "float32"  # of the stored weights
+    attention_kernel: str = "auto"  # of whole sequences, one of KERNELS; auto: by the device
 
     def __post_init__(self) -> None:
         """Refuse shapes that no weights can have."""
@@ -41,13 +78,18 @@ class ModelConfig:
                 f"ModelConfig: num_heads={self.num_heads} must be a multiple of "
                 f"num_kv_heads={self.num_kv_heads}"
             )
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"ModelConfig.{name}={getattr(self, name)!r}: expected {DTYPES}")
+        choices = {"dtype": DTYPES, "param_dtype": DTYPES, "activation": ACTIVATIONS}
+        for name, known in {**choices, "attention_kernel": KERNELS}.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"ModelConfig.{name}={getattr(self, name)!r}: expected {known}")
         if self.head_dim % 2:
             raise ValueError(f"ModelConfig.head_dim={self.head_dim}: rotary needs an even size")
         if self.sliding_window is not None and self.sliding_window < 1:
             raise ValueError(f"ModelConfig.sliding_window={self.sliding_window}: expected >= 1")
+
+    def window(self, layer: int) -> int | None:
+        """Sliding window of a layer, None where it sees everything."""
+        return None if layer in self.global_layers else self.sliding_window
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,239 +1,221 @@
-"""Hugging Face directories: read config.json and safetensors into our tree, and write them back.
+"""Weights of Hugging Face directories: safetensors files read and written tensor by tensor.
 
-Conversion is a table (`KEYS` of a family): our path <-> their key <-> whether theirs is transposed.
-Missing, unexpected and misshapen tensors are reported together.
+Conversion is a table (`Family.keys`): our path <-> their key <-> whether theirs is transposed.
 """
 
-import dataclasses
+import contextlib
 import json
-from collections.abc import Callable, Iterable
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
 
-from refine_af.models import transformer
 from refine_af.models.config import ModelConfig
+from refine_af.models.hf_config import read_json
 from refine_af.models.registry import FAMILIES
-from refine_af.models.transformer import Params
+from refine_af.models.weights import Index, Shape, Weights, expected_shapes, refuse
 
 # Buffers that old checkpoints carry and that are recomputed here.
 _DROPPED_SUFFIXES = ("rotary_emb.inv_freq",)
+# Names of the safetensors format, https://github.com/huggingface/safetensors#format.
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_SHARD_BYTES = 5_000_000_000  # largest file, unless a single tensor is larger
+INDEX = "model.safetensors.index.json"
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
-)
-_MISTRAL_WINDOW = 4096  # what transformers takes when a config.json does not name one
-
-ReadTensor = Callable[[str], np.ndarray]
+Progress = Callable[[int], None]  # called with the number of bytes that are done
 
 
-def read_config(directory: Path, *, dtype: str, param_dtype: str) -> ModelConfig:
-    """Our config of `directory/config.json`.
+class Tensor(NamedTuple):
+    """One tensor of theirs, as part of an array of ours."""
 
-    Raises:
-        ValueError: the architecture, or an option that would change the numbers, is not supported.
-    """
-    path = directory / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; expected a Hugging Face model directory") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(
-            f"{path}: model_type={family!r} is not supported; expected one of {sorted(FAMILIES)}"
-        )
-    absent = [key for key in _REQUIRED if key not in raw]
-    if absent:
-        raise ValueError(f"{path}: lacks {', '.join(absent)}")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    _refuse_options(path, raw, rope)
-    heads = raw["num_attention_heads"]
-    return ModelConfig(
-        family=family,
-        vocab_size=raw["vocab_size"],
-        embed_dim=raw["hidden_size"],
-        hidden_dim=raw["intermediate_size"],
-        num_layers=raw["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_positions=raw["max_position_embeddings"],
-        rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta", 1e4)),
-        norm_eps=raw["rms_norm_eps"],
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        sliding_window=raw.get("sliding_window", _MISTRAL_WINDOW) if family == "mistral" else None,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
+    path: str
+    layer: int | None  # None: the array is not stacked
+    transposed: bool
+    shape: Shape  # theirs
+
+    def index(self) -> Index:
+        """Where it stands in our array."""
+        rest = (slice(None),) * len(self.shape)
+        return rest if self.layer is None else (slice(self.layer, self.layer + 1), *rest)
 
 
-def _refuse_options(path: Path, raw: dict[str, Any], rope: dict[str, Any]) -> None:
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    unsupported = {
-        "rope type": rope_type if rope_type != "default" else None,
-        "hidden_act": raw.get("hidden_act") if raw.get("hidden_act", "silu") != "silu" else None,
-        "attention_bias": raw.get("attention_bias") or None,
-        "mlp_bias": raw.get("mlp_bias") or None,
-    }
-    for option, value in unsupported.items():
-        if value is not None:
-            raise ValueError(f"{path}: {option} {value!r} is not supported")
+def tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor that a Hugging Face directory of this model has, by key."""
+    shapes, table = expected_shapes(config), {}
+    for path, (key, transposed) in FAMILIES[config.family].keys.items():
+        if path not in shapes:
+            continue  # the head of a model that has tied it to the embedding
+        stacked = "{}" in key
+        for i in range(config.num_layers) if stacked else [None]:
+            ours = shapes[path][1:] if stacked else shapes[path]
+            theirs = ours[::-1] if transposed else ours
+            table[key.format(i)] = Tensor(path, i, transposed, theirs)
+    return table
 
 
-def write_config(config: ModelConfig, directory: Path, *, eos_ids: Iterable[int]) -> None:
-    """Write the config.json and generation_config.json that transformers reads."""
-    family = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}[config.family]
-    raw: dict[str, Any] = {
-        "architectures": [family],
-        "model_type": config.family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_dim,
-        "intermediate_size": config.hidden_dim,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_positions,
-        "rope_theta": config.rope_theta,
-        "rms_norm_eps": config.norm_eps,
-        "tie_word_embeddings": config.tie_embeddings,
-        "hidden_act": "silu",
-        "dtype": config.param_dtype,
-        "eos_token_id": list(eos_ids),
-    }
-    if config.family == "mistral":
-        raw["sliding_window"] = config.sliding_window
-    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
-    generation = {"eos_token_id": list(eos_ids), "do_sample": False}
-    (directory / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
-
-
-def assemble(
-    config: ModelConfig, read: ReadTensor, available: dict[str, tuple[int, ...]], where: str
-) -> Params:
-    """Build our (stacked) tree from tensors that `read` gives by Hugging Face key.
-
-    Args:
-        available: shape of every tensor there is, by key.
-        where: what to name in an error.
+class HfWeights(Weights):
+    """`*.safetensors` of a directory, or those that its index names.
 
     Raises:
-        ValueError: keys are missing, unexpected or have the wrong shape; all are listed.
+        ValueError: a file cannot be read; or tensors are missing, unexpected, misshapen or not of
+            a supported dtype, all of which are listed.
     """
-    shapes, _ = transformer.logical_axes(config)
-    table = {
-        path: (key, transposed)
-        for path, (key, transposed) in FAMILIES[config.family].KEYS.items()
-        if not (path == "head" and config.tie_embeddings)
-    }
-    _check_keys(config, table, shapes, available, where)
-    params: Params = {}
-    for path, (key, transposed) in table.items():
-        keys = [key.format(i) for i in range(config.num_layers)] if "{}" in key else [key]
-        parts = [read(k).T if transposed else read(k) for k in keys]
-        array = np.stack(parts) if "{}" in key else parts[0]
-        _put(params, path, jnp.asarray(array, config.param_dtype))
-    return params
 
+    def __init__(self, directory: Path, config: ModelConfig) -> None:
+        self._owner: dict[str, Path] = {}
+        found: dict[str, tuple[Shape, str]] = {}
+        for file in _weight_files(directory):
+            with _open(file) as handle:
+                for key in handle.keys():  # noqa: SIM118 - not a dictionary
+                    part = handle.get_slice(key)
+                    found[key] = tuple(part.get_shape()), part.get_dtype()
+                    self._owner[key] = file
+        table = tensors(config)
+        _check(found, table, config.tie_embeddings, str(directory))
+        self._keys: dict[str, list[str]] = {}
+        for key, tensor in table.items():
+            self._keys.setdefault(tensor.path, []).append(key)
+        self._table = table
+        shapes = expected_shapes(config)
+        self._arrays = {
+            path: jax.ShapeDtypeStruct(
+                shapes[path], jnp.result_type(*(_DTYPES[found[key][1]] for key in keys))
+            )
+            for path, keys in self._keys.items()
+        }
 
-def _check_keys(
-    config: ModelConfig,
-    table: dict[str, tuple[str, bool]],
-    shapes: Params,
-    available: dict[str, tuple[int, ...]],
-    where: str,
-) -> None:
-    expected: dict[str, tuple[int, ...]] = {}
-    for path, (key, transposed) in table.items():
-        shape = _get(shapes, path)[0].shape
-        for i in range(config.num_layers if "{}" in key else 1):
-            one = shape[1:] if "{}" in key else shape
-            expected[key.format(i)] = one[::-1] if transposed else one
-    tied = {"lm_head.weight"} if config.tie_embeddings else set()
-    surplus = {k for k in available if not k.endswith(_DROPPED_SUFFIXES)} - tied - expected.keys()
-    faults = [f"missing {k}" for k in expected if k not in available]
-    faults += [f"unexpected {k}" for k in sorted(surplus)]
-    faults += [
-        f"{k} has shape {available[k]}, expected {shape}"
-        for k, shape in expected.items()
-        if k in available and tuple(available[k]) != shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise ValueError(f"{where}: tensors do not fit config.json: {'; '.join(faults[:8])}{more}")
+    @property
+    def arrays(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+        """As the files' headers say; layers of unlike dtypes are widened."""
+        return self._arrays
 
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """Slices of one tensor, or of one a layer."""
+        keys, dtype = self._keys[path], self._arrays[path].dtype
+        if self._table[keys[0]].layer is None:
+            return self._read_tensor(keys[0], index).astype(dtype)
+        first, *rest = index
+        layers = [self._read_tensor(key, tuple(rest)) for key in keys[first]]
+        return np.stack(layers).astype(dtype, copy=False)
 
-def read_params(config: ModelConfig, directory: Path) -> Params:
-    """Parameters of all `*.safetensors` files in `directory`, stacked layout."""
-    handles = [_open(file) for file in _weight_files(directory)]
-    owner = {key: handle for handle in handles for key in handle.keys()}  # noqa: SIM118
-    available = {key: tuple(h.get_slice(key).get_shape()) for key, h in owner.items()}
-    return assemble(
-        config, lambda key: np.asarray(owner[key].get_tensor(key)), available, str(directory)
-    )
+    def _read_tensor(self, key: str, index: Index) -> np.ndarray:
+        # Opened for each tensor: pages of a file that stays mapped would count as our memory.
+        with _open(self._owner[key]) as handle:
+            if self._table[key].transposed:
+                return handle.get_slice(key)[index[::-1]].T
+            return handle.get_slice(key)[index]
 
 
 def _weight_files(directory: Path) -> list[Path]:
     """Files that the index names, or all where there is none."""
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX
     if index.exists():
-        names = json.loads(index.read_text())["weight_map"].values()
-        return sorted({directory / Path(name).name for name in names})
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise ValueError(f"{index}: expected a 'weight_map' of tensors to files")
+        return sorted({directory / Path(name).name for name in names.values()})
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{directory}: no *.safetensors file; expected a Hugging Face directory")
     return files
 
 
-def _open(file: Path) -> Any:
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
     try:
-        return safe_open(file, framework="flax")
+        with safe_open(file, framework="numpy") as handle:
+            yield handle
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
 
 
-def write_params(config: ModelConfig, params: Params, directory: Path) -> None:
-    """Write `model.safetensors` with Hugging Face keys, in the parameters' own dtype."""
-    tensors: dict[str, Any] = {}
-    for path, (key, transposed) in FAMILIES[config.family].KEYS.items():
-        if path == "head" and config.tie_embeddings:
-            continue
-        array = _get(params, path)
-        layers = array if "{}" in key else array[None]
-        for i, layer in enumerate(layers):
-            tensors[key.format(i)] = layer.T if transposed else layer
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+def _check(
+    found: Mapping[str, tuple[Shape, str]], table: Mapping[str, Tensor], tied: bool, where: str
+) -> None:
+    known = table.keys() | ({"lm_head.weight"} if tied else set())
+    surplus = [key for key in found if key not in known and not key.endswith(_DROPPED_SUFFIXES)]
+    faults = [f"missing {key}" for key in table if key not in found]
+    faults += [f"unexpected {key}" for key in sorted(surplus)]
+    for key, tensor in table.items():
+        shape, dtype = found.get(key, (tensor.shape, "F32"))
+        if shape != tensor.shape:
+            faults.append(f"{key} has shape {shape}, expected {tensor.shape}")
+        if dtype not in _DTYPES:
+            faults.append(f"{key} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
+    refuse(faults, where)
 
 
-def with_dtypes(config: ModelConfig, dtype: str, param_dtype: str) -> ModelConfig:
-    """The same model computed in, and stored as, other dtypes."""
-    return dataclasses.replace(config, dtype=dtype, param_dtype=param_dtype)
+def write(
+    weights: Weights,
+    config: ModelConfig,
+    directory: Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = _SHARD_BYTES,
+    progress: Progress | None = None,
+) -> None:
+    """Write `model.safetensors`, or numbered parts and their index, one tensor in memory at a time.
+
+    Args:
+        dtype: cast to it; None: as stored.
+        shard_bytes: largest file, unless a single tensor is larger.
+    """
+    table = tensors(config)
+
+    def stored(tensor: Tensor) -> np.dtype:
+        return np.dtype(dtype or weights.arrays[tensor.path].dtype)
+
+    split = split_state_dict_into_shards_factory(
+        table,
+        get_storage_size=lambda tensor: math.prod(tensor.shape) * stored(tensor).itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard_bytes,
+    )
+
+    def tensor_of(key: str) -> np.ndarray:
+        tensor = table[key]
+        array = weights.read(tensor.path, tensor.index()).reshape(
+            tensor.shape[::-1] if tensor.transposed else tensor.shape
+        )
+        return (array.T if tensor.transposed else array).astype(stored(tensor), copy=False)
+
+    for name, keys in split.filename_to_tensors.items():
+        layout = {key: (stored(table[key]), table[key].shape) for key in keys}
+        _write_file(directory / name, layout, tensor_of, progress)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _get(tree: Params, path: str) -> Any:
-    node: Any = tree
-    for part in path.split("/"):
-        node = node[part]
-    return node
-
-
-def _put(tree: Params, path: str, leaf: Any) -> None:
-    *parents, name = path.split("/")
-    for part in parents:
-        tree = tree.setdefault(part, {})
-    tree[name] = leaf
+def _write_file(
+    path: Path,
+    layout: Mapping[str, tuple[np.dtype, Shape]],
+    tensor_of: Callable[[str], np.ndarray],
+    progress: Progress | None,
+) -> None:
+    """One safetensors file; the library's own writer wants all tensors in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, (dtype, shape) in layout.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": _NAMES[dtype.name], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for key in layout:
+            array = np.ascontiguousarray(tensor_of(key))
+            file.write(array.view(np.uint8).data)
+            if progress:
+                progress(array.nbytes)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,27 +1,29 @@
-"""Parts of the decoder: linear maps (with optional LoRA), RMSNorm, rotary positions, SwiGLU.
+"""Parts of the decoder: linear maps (with optional LoRA), RMSNorm, gated feed-forward.
 
 Axis letters: B batch, T query, S key, D embed, N heads, K kv heads, G = N/K, H head_dim,
 F hidden, V vocab, R rank.
 """
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from refine_af.models.config import LoraConfig
+from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.contraction import project
 
 Axes = tuple[str, ...]
 
 
 class Linear(nnx.Module):
-    """`x @ kernel`, plus a low-rank adapter when `lora` names this linear.
+    """`x @ kernel`, plus a bias, plus a low-rank adapter when `lora` names this linear.
 
     Attributes:
         kernel: [in, out], logical axes `axes`.
+        bias: [out]; only where asked for.
         lora_a: [in, R], uniform in +-1/sqrt(in) as in PEFT; only with an adapter.
         lora_b: [R, out], zero at the start: a new adapter changes nothing; only with an adapter.
     """
@@ -33,6 +35,7 @@ class Linear(nnx.Module):
         out_dim: int,
         axes: Axes,
         *,
+        bias: bool = False,
         lora: LoraConfig | None,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -40,6 +43,9 @@ class Linear(nnx.Module):
         """Draw a random kernel; `name` is what `LoraConfig.pattern` is matched against."""
         init = jax.nn.initializers.normal(0.02)
         self.kernel = nnx.Param(init(rngs.params(), (in_dim, out_dim), param_dtype), axes=axes)
+        self.biased = bias
+        if bias:
+            self.bias = nnx.Param(jnp.zeros((out_dim,), param_dtype), axes=axes[1:])
         adapted = lora is not None and re.fullmatch(lora.pattern, name) is not None
         self.lora_scale = lora.scale if lora is not None and adapted else 0.0
         if lora is not None and adapted:
@@ -53,71 +59,59 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """Map the last axis; the result has the dtype of `x`."""
         y = project(x, self.kernel[...])
+        if self.biased:
+            y = (y + along_last(self.bias[...], y.ndim)).astype(x.dtype)
         if not self.adapted:
             return y
         low = project(x, self.lora_a[...]) * self.lora_scale
         return y + project(low, self.lora_b[...])
 
 
+def along_last(vector: Float[Array, "D"], ndim: int) -> Float[Array, "... D"]:
+    """`vector` in float32 with `ndim` axes, the last one its own."""
+    return vector.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang & Sennrich, arXiv 1910.07467), computed in float32."""
 
-    def __init__(self, dim: int, eps: float, param_dtype: jnp.dtype, dtype: str) -> None:
-        """Scale one for each of `dim` features; results have `dtype`."""
-        self.scale = nnx.Param(jnp.ones((dim,), param_dtype), axes=("norm",))
-        self.eps = eps
-        self.dtype = jnp.dtype(dtype)
+    def __init__(self, dim: int, config: ModelConfig) -> None:
+        """Factor one for each of `dim` features; results have the model's dtype."""
+        initial = jnp.full((dim,), 1.0 - config.norm_offset, config.param_dtype)
+        self.scale = nnx.Param(initial, axes=("norm",))
+        self.eps = config.norm_eps
+        self.offset = config.norm_offset
+        self.dtype = jnp.dtype(config.dtype)
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """`x / sqrt(mean(x^2) + eps) * scale`."""
+        """`x / sqrt(mean(x^2) + eps) * (scale + offset)`."""
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x32 * inverse * scale).astype(self.dtype)
-
-
-def rotary_tables(
-    positions: Int[Array, "B T"], head_dim: int, theta: float
-) -> tuple[Float[Array, "B 1 T H/2"], Float[Array, "B 1 T H/2"]]:
-    """Cosines and sines of `position * theta^(-2i/H)` (RoFormer, arXiv 2104.09864), float32."""
-    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angles = positions.astype(jnp.float32)[:, None, :, None] * (theta**-exponents)[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(
-    x: Float[Array, "B N T H"], cos: Float[Array, "B 1 T H/2"], sin: Float[Array, "B 1 T H/2"]
-) -> Float[Array, "B N T H"]:
-    """Rotate the pairs `(x[i], x[i + H/2])`, the order in which Hugging Face stores q and k."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+        factor = along_last(self.scale[...], x.ndim) + self.offset
+        return (x32 * inverse * factor).astype(self.dtype)
 
 
 class FeedForward(nnx.Module):
-    """SwiGLU (Shazeer, arXiv 2002.05202): `down(silu(gate(x)) * up(x))`."""
+    """Gated unit (Shazeer, arXiv 2002.05202): `down(activation(gate(x)) * up(x))`."""
 
-    def __init__(
-        self,
-        embed_dim: int,
-        hidden_dim: int,
-        *,
-        lora: LoraConfig | None,
-        param_dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, config: ModelConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs) -> None:
         """Three linears named gate, up and down."""
 
         def linear(name: str, in_dim: int, out_dim: int, axes: Axes) -> Linear:
+            param_dtype = jnp.dtype(config.param_dtype)
             return Linear(
                 name, in_dim, out_dim, axes, lora=lora, param_dtype=param_dtype, rngs=rngs
             )
 
-        self.gate = linear("gate", embed_dim, hidden_dim, ("embed", "hidden"))
-        self.up = linear("up", embed_dim, hidden_dim, ("embed", "hidden"))
-        self.down = linear("down", hidden_dim, embed_dim, ("hidden", "embed"))
+        self.gate = linear("gate", config.embed_dim, config.hidden_dim, ("embed", "hidden"))
+        self.up = linear("up", config.embed_dim, config.hidden_dim, ("embed", "hidden"))
+        self.down = linear("down", config.hidden_dim, config.embed_dim, ("hidden", "embed"))
+        self.activation = _ACTIVATIONS[config.activation]
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply to every position on its own."""
         gate, up = self.gate(x).astype(jnp.float32), self.up(x).astype(jnp.float32)
-        return self.down((jax.nn.silu(gate) * up).astype(x.dtype))
+        return self.down((self.activation(gate) * up).astype(x.dtype))
+
+
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}

@@ -3,9 +3,9 @@
 from typing import Any
 
 from refine_af.models.config import ModelConfig
+from refine_af.models.family import Family, Keys
 
-# Our path (layers stacked) <-> Hugging Face key ({} is the layer), True where theirs is [out, in].
-KEYS: dict[str, tuple[str, bool]] = {
+KEYS: Keys = {
     "embedding": ("model.embed_tokens.weight", False),
     "layers/attention_norm/scale": ("model.layers.{}.input_layernorm.weight", False),
     "layers/attention/q/kernel": ("model.layers.{}.self_attn.q_proj.weight", True),
@@ -19,6 +19,14 @@ KEYS: dict[str, tuple[str, bool]] = {
     "final_norm/scale": ("model.norm.weight", False),
     "head": ("lm_head.weight", True),
 }
+FAMILY = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    keys=KEYS,
+    required={"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    gguf="llama",
+    gguf_permutes=True,
+)
 
 _BASE: dict[str, Any] = {
     "vocab_size": 32_000,

@@ -1,4 +1,4 @@
-"""Where a model comes from: `--model` as a directory, a hub id, a GGUF file or a bundled name."""
+"""Where a model comes from: a directory of either kind, a hub id, a GGUF file or a bundled name."""
 
 import dataclasses
 import hashlib
@@ -10,15 +10,16 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import jax
 import platformdirs
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from refine_af.models import gguf, hf, transformer
+from refine_af.models import gguf, hf, hf_config, orbax_directory
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.config import ModelConfig
+from refine_af.models.hf_config import Raw
 from refine_af.models.registry import PRESETS
 from refine_af.models.transformer import Params
+from refine_af.models.weights import RandomWeights, Weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,79 +42,114 @@ BUNDLED = {
     ),
 }
 RANDOM = "random:"  # `random:tiny`: random weights of a preset, byte tokenizer
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedModel:
-    """A base model in host or device memory, with its tokenizer."""
+class Source:
+    """A model that can be loaded: nothing of its weights is in memory yet.
+
+    Attributes:
+        kind: hf, orbax, gguf or random.
+        raw: content of the config.json that describes it to transformers.
+        eos_ids: tokens that end a text; may be empty.
+        directory: where its files lie, None for a GGUF file and for random weights.
+    """
 
     name: str
+    kind: str
     config: ModelConfig
-    params: Params  # stacked layout
-    tokenizer: PreTrainedTokenizerBase
+    raw: Raw
+    weights: Weights
+    eos_ids: tuple[int, ...]
+    tokenizer: PreTrainedTokenizerBase | None
+    directory: Path | None = None
 
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Token ids that end a text.
-
-        Raises:
-            ValueError: the tokenizer names none.
-        """
-        eos = self.tokenizer.eos_token_id
-        if not isinstance(eos, int):
-            raise ValueError(f"model {self.name!r}: its tokenizer has no end token")
-        return (eos,)
+    def load(self, shardings: Params | None = None) -> Params:
+        """Parameters of stacked layout in `config.param_dtype`, laid out as asked."""
+        return self.weights.load(self.config.param_dtype, shardings)
 
 
-def load(source: str, *, dtype: str = "float32", param_dtype: str = "float32") -> LoadedModel:
-    """Load a model of any kind that `--model` takes.
+def open_model(
+    source: str, *, dtype: str = "float32", param_dtype: str | None = "float32"
+) -> Source:
+    """Find a model of any kind that `--model` takes, and check all but the content of its weights.
 
     Args:
-        source: a Hugging Face directory, a `.gguf` file, a name of `BUNDLED`, `random:PRESET`, or
-            a hub id `owner/name` (the only one that goes to the network besides `BUNDLED`).
-        dtype: of activations. param_dtype: of the stored weights.
+        source: a Hugging Face directory, an Orbax directory, a `.gguf` file, a name of `BUNDLED`,
+            `random:PRESET`, or a hub id `owner/name` (the only one that goes to the network
+            besides `BUNDLED`).
+        dtype: of activations.
+        param_dtype: of the weights in memory; None: as stored.
 
     Raises:
         ValueError: the source is none of these, or its content is not usable.
     """
     if source.startswith(RANDOM):
-        return _load_random(source, dtype, param_dtype)
+        return _open_random(source, dtype, param_dtype or "float32")
     if source in BUNDLED:
-        return _load_gguf(fetch_bundled(source), source, dtype, param_dtype)
+        return _open_gguf(fetch_bundled(source), source, dtype, param_dtype)
     path = Path(source).expanduser()
     if path.is_dir():
-        return _load_directory(path, source, dtype, param_dtype)
+        return _open_directory(path, source, dtype, param_dtype)
     if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, source, dtype, param_dtype)
+        return _open_gguf(path, source, dtype, param_dtype)
     if _HUB_ID.fullmatch(source) and not path.exists():
-        return _load_directory(_fetch_hub(source), source, dtype, param_dtype)
+        return _open_directory(_fetch_hub(source), source, dtype, param_dtype)
     raise ValueError(
-        f"model {source!r}: expected a Hugging Face directory, a .gguf file, a hub id owner/name, "
-        f"{RANDOM}PRESET or one of {sorted(BUNDLED)}"
+        f"model {source!r}: expected a Hugging Face or Orbax directory, a .gguf file, a hub id "
+        f"owner/name, {RANDOM}PRESET or one of {sorted(BUNDLED)}"
     )
 
 
-def _load_random(source: str, dtype: str, param_dtype: str) -> LoadedModel:
+def _open_random(source: str, dtype: str, param_dtype: str) -> Source:
     preset = source.removeprefix(RANDOM)
     if preset not in PRESETS:
         raise ValueError(f"model {source!r}: unknown preset; expected one of {sorted(PRESETS)}")
-    config = hf.with_dtypes(PRESETS[preset], dtype, param_dtype)
-    params, _ = transformer.init(config, key=jax.random.key(0))
-    return LoadedModel(source, config, params, byte_tokenizer())
+    config = dataclasses.replace(PRESETS[preset], dtype=dtype, param_dtype=param_dtype)
+    tokenizer = byte_tokenizer()
+    eos_ids = (int(tokenizer.eos_token_id),)
+    raw = hf_config.to_raw(config, eos_ids=eos_ids)
+    return Source(source, "random", config, raw, RandomWeights(config), eos_ids, tokenizer)
 
 
-def _load_gguf(path: Path, name: str, dtype: str, param_dtype: str) -> LoadedModel:
+def _open_gguf(path: Path, name: str, dtype: str, param_dtype: str | None) -> Source:
     reader = gguf.open_file(path)
-    config = gguf.read_config(reader, dtype=dtype, param_dtype=param_dtype)
-    return LoadedModel(name, config, gguf.read_params(reader, config), gguf.read_tokenizer(reader))
+    config = gguf.read_config(reader, dtype=dtype, param_dtype=param_dtype or "float32")
+    tokenizer, eos_ids = gguf.read_tokenizer(reader, path), gguf.end_ids(reader)
+    weights = gguf.GgufWeights(reader, config)
+    raw = hf_config.to_raw(config, eos_ids=eos_ids)
+    return Source(name, "gguf", config, raw, weights, eos_ids, tokenizer)
 
 
-def _load_directory(path: Path, name: str, dtype: str, param_dtype: str) -> LoadedModel:
-    config = hf.read_config(path, dtype=dtype, param_dtype=param_dtype)
-    params = hf.read_params(config, path)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    return LoadedModel(name, config, params, tokenizer)
+def _open_directory(path: Path, name: str, dtype: str, param_dtype: str | None) -> Source:
+    raw = hf_config.read_json(path / "config.json")
+    stored = param_dtype or hf_config.stored_dtype(raw) or "float32"
+    config = hf_config.parse(raw, str(path / "config.json"), dtype=dtype, param_dtype=stored)
+    orbax = (path / orbax_directory.PARAMS).is_dir()
+    kind = orbax_directory.OrbaxWeights if orbax else hf.HfWeights
+    tokenizer = _read_tokenizer(path)
+    eos_ids = hf_config.end_ids(path, raw)
+    if not eos_ids and tokenizer is not None and isinstance(tokenizer.eos_token_id, int):
+        eos_ids = (tokenizer.eos_token_id,)
+    name_of_kind = "orbax" if orbax else "hf"
+    return Source(name, name_of_kind, config, raw, kind(path, config), eos_ids, tokenizer, path)
+
+
+def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of a directory, None where it has none.
+
+    Raises:
+        ValueError: its files cannot be read.
+    """
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # of many kinds, all of them about the files
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{directory}: the tokenizer cannot be read ({reason})") from None
 
 
 def _fetch_hub(hub_id: str) -> Path:

@@ -10,6 +10,7 @@ Axis letters as in `layers`.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,86 +18,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from refine_af.models import attention
-from refine_af.models.cache import KVCache, write
+from refine_af.models import attention, rotary
+from refine_af.models.block import Attend, Block
+from refine_af.models.cache import KVCache, Stored
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.contraction import contract
-from refine_af.models.layers import Axes, FeedForward, Linear, RMSNorm, rotary_tables, rotate
+from refine_af.models.layers import Axes, RMSNorm
+from refine_af.models.rotary import Rotary
 
 Params = dict[str, Any]  # nested, leaves are arrays
-Rotary = tuple[Float[Array, "B 1 T H/2"], Float[Array, "B 1 T H/2"]]
-
-
-class Attention(nnx.Module):
-    """Rotary grouped-query self-attention with an optional cache."""
-
-    def __init__(self, config: ModelConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs) -> None:
-        """Four linears named q, k, v and o."""
-        param_dtype = jnp.dtype(config.param_dtype)
-
-        def linear(name: str, in_dim: int, out_dim: int, axes: Axes) -> Linear:
-            return Linear(
-                name, in_dim, out_dim, axes, lora=lora, param_dtype=param_dtype, rngs=rngs
-            )
-
-        queries = config.num_heads * config.head_dim
-        keys = config.num_kv_heads * config.head_dim
-        self.q = linear("q", config.embed_dim, queries, ("embed", "heads"))
-        self.k = linear("k", config.embed_dim, keys, ("embed", "kv_heads"))
-        self.v = linear("v", config.embed_dim, keys, ("embed", "kv_heads"))
-        self.o = linear("o", queries, config.embed_dim, ("heads", "embed"))
-        self.head_dim = config.head_dim
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotary: Rotary,
-        mask: Bool[Array, "B T S"],
-        stored: tuple[Array, Array] | None,
-        end: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """Attend to `x` itself, or to the cache `stored` with `x` written at column `end`."""
-        query = rotate(self._heads(self.q(x)), *rotary)
-        keys = rotate(self._heads(self.k(x)), *rotary)
-        values = self._heads(self.v(x))
-        if stored is not None:
-            keys, values = write(stored[0], keys, end), write(stored[1], values, end)
-        mixed = attention.attend(query, keys, values, mask)
-        b, n, t, h = mixed.shape
-        return self.o(mixed.transpose(0, 2, 1, 3).reshape(b, t, n * h)), (keys, values)
-
-    def _heads(self, x: Float[Array, "B T NH"]) -> Float[Array, "B N T H"]:
-        b, t, _ = x.shape
-        return x.reshape(b, t, -1, self.head_dim).transpose(0, 2, 1, 3)
-
-
-class Block(nnx.Module):
-    """Pre-norm residual block: attention, then feed-forward; the residual stream is float32."""
-
-    def __init__(self, config: ModelConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs) -> None:
-        """Random weights of one layer."""
-        param_dtype = jnp.dtype(config.param_dtype)
-        self.attention_norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype, config.dtype)
-        self.attention = Attention(config, lora=lora, rngs=rngs)
-        self.feed_forward_norm = RMSNorm(
-            config.embed_dim, config.norm_eps, param_dtype, config.dtype
-        )
-        self.feed_forward = FeedForward(
-            config.embed_dim, config.hidden_dim, lora=lora, param_dtype=param_dtype, rngs=rngs
-        )
-
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotary: Rotary,
-        mask: Bool[Array, "B T S"],
-        stored: tuple[Array, Array] | None,
-        end: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-        """One layer; returns also the keys and values that a cache keeps."""
-        mixed, kept = self.attention(self.attention_norm(x), rotary, mask, stored, end)
-        x = x + mixed.astype(x.dtype)
-        return x + self.feed_forward(self.feed_forward_norm(x)).astype(x.dtype), kept
 
 
 class Transformer(nnx.Module):
@@ -123,7 +53,7 @@ class Transformer(nnx.Module):
         else:
             blocks = [Block(config, lora=lora, rngs=rngs) for _ in range(config.num_layers)]
             self.layers = nnx.List(blocks)
-        self.final_norm = RMSNorm(config.embed_dim, config.norm_eps, param_dtype, config.dtype)
+        self.final_norm = RMSNorm(config.embed_dim, config)
         if not config.tie_embeddings:
             self.head = nnx.Param(
                 init(rngs.params(), table[::-1], param_dtype), axes=("embed", "vocab")
@@ -147,39 +77,78 @@ class Transformer(nnx.Module):
                 Without it the columns are 0..T-1 and the returned cache holds exactly those.
             remat: recompute each layer in the backward pass instead of keeping its activations.
         """
-        length = tokens.shape[1]
         end = jnp.zeros((), jnp.int32) if cache is None else cache.end
-        num_keys = length if cache is None else cache.keys[0].shape[2]
-        columns = end + jnp.arange(length, dtype=jnp.int32)[None]
-        positions = jnp.maximum(columns - start[:, None], 0)
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
-        mask = attention.visible(start, end, length, num_keys, self.config.sliding_window)
-        x = self.embedding[...][tokens].astype(jnp.float32)  # the residual stream
-        if self.stacked:
-            assert cache is None, "decoding needs unstacked layers"
-            x, (keys, values) = self._scan(x, rotary, mask, end, remat=remat)
+        columns = end + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        rotaries = self._rotaries(jnp.maximum(columns[None] - start[:, None], 0))
+        x = self._embed(tokens)
+        if cache is not None:
+            assert not self.stacked, "decoding needs unstacked layers"
+            x, kept = self._unrolled(x, rotaries, lambda i: self._cached(i, start, cache))
+        elif self.stacked:
+            x, kept = self._scan(x, rotaries, start, remat=remat)
         else:
-            x, keys, values = self._unrolled(x, rotary, mask, cache, end)
-        return self.final_norm(x), KVCache(tuple(keys), tuple(values), end + length)
+            whole = _Whole(self.config, start, tokens.shape[1])
+            x, kept = self._unrolled(x, rotaries, lambda i: whole.attend(self._is_global(i)))
+        keys, values = kept
+        return self.final_norm(x), KVCache(tuple(keys), tuple(values), end + tokens.shape[1])
 
-    def _scan(self, x: Array, rotary: Rotary, mask: Array, end: Array, *, remat: bool) -> Any:
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Start of the residual stream, float32."""
+        x = self.embedding[...][tokens].astype(jnp.float32)
+        if not self.config.scale_embeddings:
+            return x
+        return x * jnp.asarray(self.config.embed_dim**0.5, self.config.dtype).astype(jnp.float32)
+
+    def _rotaries(self, positions: Int[Array, "B T"]) -> tuple[Rotary, Rotary]:
+        """Tables of the layers that see everything, and of those with a window."""
+        c = self.config
+        plain = rotary.tables(
+            positions, rotary.frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        )
+        if c.local_rope_theta is None:
+            return plain, plain
+        local = rotary.frequencies(c.head_dim, c.local_rope_theta, None)
+        return plain, rotary.tables(positions, local)
+
+    def _is_global(self, layer: int) -> bool:
+        return self.config.window(layer) is None
+
+    def _cached(self, layer: int, start: Int[Array, "B"], cache: KVCache) -> Attend:
+        stored = cache.keys[layer], cache.values[layer]
+
+        def attend(query: Array, new: Stored) -> tuple[Array, Stored]:
+            window = self.config.window(layer)
+            return attention.attend_cached(
+                query, new, stored, start, cache.end, window, self.config
+            )
+
+        return attend
+
+    def _scan(
+        self, x: Array, rotaries: tuple[Rotary, Rotary], start: Array, *, remat: bool
+    ) -> tuple[Array, Stored]:
         definition, stacked = nnx.split(self.layers)
+        kinds = [self._is_global(i) for i in range(self.config.num_layers)]
+        whole = _Whole(self.config, start, x.shape[1])
 
-        def layer(x: Array, params: nnx.State) -> tuple[Array, tuple[Array, Array]]:
-            return nnx.merge(definition, params)(x, rotary, mask, None, end)
+        def layer(x: Array, scanned: tuple[nnx.State, Array]) -> tuple[Array, Stored]:
+            params, flag = scanned
+            is_global = kinds[0] if len(set(kinds)) == 1 else flag
+            tables = _pick(is_global, *rotaries)
+            return nnx.merge(definition, params)(x, tables, whole.attend(is_global))
 
-        return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, stacked)
+        body = jax.checkpoint(layer) if remat else layer
+        return jax.lax.scan(body, x, (stacked, jnp.asarray(kinds)))
 
     def _unrolled(
-        self, x: Array, rotary: Rotary, mask: Array, cache: KVCache | None, end: Array
-    ) -> tuple[Array, list[Array], list[Array]]:
+        self, x: Array, rotaries: tuple[Rotary, Rotary], attend_of: Callable[[int], Attend]
+    ) -> tuple[Array, tuple[list[Array], list[Array]]]:
         keys, values = [], []
         for i, block in enumerate(self.layers):
-            stored = None if cache is None else (cache.keys[i], cache.values[i])
-            x, (key, value) = block(x, rotary, mask, stored, end)
+            x, (key, value) = block(x, _pick(self._is_global(i), *rotaries), attend_of(i))
             keys.append(key)
             values.append(value)
-        return x, keys, values
+        return x, (keys, values)
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""
@@ -188,7 +157,50 @@ class Transformer(nnx.Module):
             logits = contract("td,vd->tv", flat, self.embedding[...].astype(hidden.dtype))
         else:
             logits = contract("td,dv->tv", flat, self.head[...].astype(hidden.dtype))
+        cap = self.config.logit_softcap
+        if cap is not None:
+            logits = jnp.tanh(logits / cap) * cap
         return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _pick(is_global: bool | Bool[Array, ""], of_global: Any, of_local: Any) -> Any:
+    """One of two trees: at trace time for a bool, at run time for an array."""
+    if isinstance(is_global, bool):
+        return of_global if is_global else of_local
+    return jax.tree.map(lambda a, b: jnp.where(is_global, a, b), of_global, of_local)
+
+
+class _Whole:
+    """Attention of whole sequences among their own columns, for both kinds of layers."""
+
+    def __init__(self, config: ModelConfig, start: Int[Array, "B"], length: int) -> None:
+        self.config = config
+        self.start = start
+        self.kernel = attention.kernel_for(config, length)
+        columns = jnp.arange(length, dtype=jnp.int32)
+        self.masks = [
+            attention.visible(start, columns, columns, window)
+            for window in (None, config.sliding_window)
+        ]
+
+    def attend(self, is_global: bool | Bool[Array, ""]) -> Attend:
+        """Attention of one layer; which kind it is may be known at run time only."""
+        return lambda query, new: (self._mix(is_global, query, *new), new)
+
+    def _mix(self, is_global: bool | Array, query: Array, keys: Array, values: Array) -> Array:
+        if self.kernel is None:
+            mask = _pick(is_global, *self.masks)
+            return attention.attend(query, keys, values, mask, self.config)
+        shared = {
+            "scale": attention.scale(self.config),
+            "softcap": self.config.attention_softcap,
+        }
+        of_global = functools.partial(self.kernel, window=None, **shared)
+        of_local = functools.partial(self.kernel, window=self.config.sliding_window, **shared)
+        operands = query, keys, values, self.start
+        if isinstance(is_global, bool):
+            return (of_global if is_global else of_local)(*operands)
+        return jax.lax.cond(is_global, of_global, of_local, *operands)
 
 
 @dataclasses.dataclass(frozen=True)

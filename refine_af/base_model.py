@@ -13,6 +13,7 @@ from refine_af import mesh as mesh_lib
 from refine_af.engine import Engine
 from refine_af.models import sources, transformer
 from refine_af.models.config import LoraConfig, ModelConfig
+from refine_af.models.sources import Source
 from refine_af.models.transformer import Definition, Params
 
 
@@ -20,12 +21,37 @@ from refine_af.models.transformer import Definition, Params
 class BaseModel:
     """Frozen weights of stacked layout, sharded, with all that is needed to use them."""
 
-    config: ModelConfig
+    source: Source
     definition: Definition
     params: Params
-    tokenizer: PreTrainedTokenizerBase
-    eos_ids: tuple[int, ...]
     mesh: jax.sharding.Mesh
+
+    @property
+    def config(self) -> ModelConfig:
+        """Shape of the model."""
+        return self.source.config
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if self.source.tokenizer is None:
+            raise ValueError(f"model {self.source.name!r} has no tokenizer")
+        return self.source.tokenizer
+
+    @property
+    def end_id(self) -> int:
+        """Token that ends a text which the model is to learn.
+
+        Raises:
+            ValueError: the model names none.
+        """
+        if not self.source.eos_ids:
+            raise ValueError(f"model {self.source.name!r} names no end token")
+        return self.source.eos_ids[0]
 
     def adapted(self, options: config_lib.Lora) -> Definition:
         """Definition of this model with adapters."""
@@ -56,7 +82,8 @@ class BaseModel:
     def engine(self, batch_size: int, options: config_lib.Lora | None = None) -> Engine:
         """Sampler for this model, with adapters of the given shape or without."""
         lora = lora_config(options) if options else None
-        return Engine(self.config, self.tokenizer, self.mesh, self.eos_ids, batch_size, lora)
+        source = self.source
+        return Engine(self.config, source.tokenizer, self.mesh, source.eos_ids, batch_size, lora)
 
     def for_sampling(
         self, adapter: Params | None = None, options: config_lib.Lora | None = None
@@ -112,13 +139,13 @@ def lora_config(options: config_lib.Lora) -> LoraConfig:
 def load(options: config_lib.Model, mesh_options: config_lib.Mesh) -> BaseModel:
     """Load the base model and lay it out on the mesh."""
     mesh = mesh_lib.make_mesh(mesh_options)
-    model = sources.load(options.source, dtype=options.dtype, param_dtype=options.param_dtype)
-    shardings = mesh_lib.param_shardings(model.config, None, mesh)[0]
+    source = sources.open_model(
+        options.source, dtype=options.dtype, param_dtype=options.param_dtype
+    )
+    shardings = mesh_lib.param_shardings(source.config, None, mesh)[0]
     return BaseModel(
-        config=model.config,
-        definition=transformer.define(model.config),
-        params=jax.device_put(model.params, shardings),
-        tokenizer=model.tokenizer,
-        eos_ids=model.eos_ids,
+        source=source,
+        definition=transformer.define(source.config),
+        params=source.load(shardings),
         mesh=mesh,
     )

@@ -59,7 +59,7 @@ class Engine:
     """
 
     config: ModelConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None  # None: completions have no text
     mesh: jax.sharding.Mesh
     eos_ids: tuple[int, ...]
     batch_size: int

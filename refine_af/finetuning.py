@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from refine_af import config as config_lib
 from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment
 from refine_af.mesh import shard_batch
-from refine_af.models import hf, lora, transformer
+from refine_af.models import convert, lora, transformer
 from refine_af.models.transformer import Definition, Params
 from refine_af.progress import bar
 from refine_af.randomness import generator, key_of
@@ -29,6 +28,7 @@ from refine_af.training import TrainState
 
 CHECKPOINTS = "sft/checkpoints"
 METRICS = "sft/metrics.jsonl"
+ADAPTER = "sft/adapter"  # in PEFT's format
 EXPORT = "sft/hf"
 _MAX_SKIPPED = 5
 
@@ -173,7 +173,7 @@ class FinetuningStage:
 
     def _examples(self) -> tuple[list[Pair], list[Pair]]:
         options = self.config.sft
-        eos = self.base.eos_ids[0]
+        eos = self.base.end_id
         pairs = [encode(row, self.base.tokenizer, options.format, eos) for row in self.rows]
         fitting = [p for p in pairs if len(p[0]) + len(p[1]) <= options.max_length]
         if not fitting:
@@ -224,19 +224,12 @@ class FinetuningStage:
         return total / count
 
     def _export(self, adapter: Params) -> None:
-        """Merge the adapter and write weights, config and tokenizer for transformers."""
-        directory = self.workdir / EXPORT
-        partial = directory.with_name("hf.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        # In float32: a bfloat16 kernel would round most of the adapter away.
-        base = jax.tree.map(lambda x: x.astype(jnp.float32), self.base.params)
-        merged = lora.merge(base, adapter, lora_config(self.config.sft.lora))
-        hf.write_params(self.base.config, merged, partial)
-        self.base.tokenizer.save_pretrained(str(partial))
-        exported = dataclasses.replace(self.base.config, param_dtype="float32")
-        hf.write_config(exported, partial, eos_ids=self.base.eos_ids)
-        partial.rename(directory)
+        """Write the adapter for `peft`, and the merged model for transformers."""
+        shape = lora_config(self.config.sft.lora)
+        source, folder = self.base.source, self.workdir / ADAPTER
+        lora.write_peft(adapter, shape, self.base.config, folder, source.name)
+        merged = lora.MergedWeights(self.base.params, adapter, shape)
+        convert.export(source, merged, self.workdir / EXPORT)
 
 
 _jit_response_loss = jax.jit(functools.partial(response_loss, remat=False), static_argnums=0)

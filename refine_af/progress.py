@@ -12,7 +12,12 @@ class bar(tqdm):
     def __init__(self, description: str, *, total: int, unit: str, done: int = 0) -> None:
         """Show `description` and count to `total` in `unit`; `done` of it was done earlier."""
         super().__init__(
-            desc=description, total=total, unit=f" {unit}", initial=done, dynamic_ncols=True
+            desc=description,
+            total=total,
+            unit=f" {unit}",
+            unit_scale=unit == "B",  # bytes as kB, MB, GB
+            initial=done,
+            dynamic_ncols=True,
         )
         self._tokens = 0
         self._began = time.monotonic()

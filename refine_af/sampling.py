@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from refine_af.models import cache as cache_lib
 from refine_af.models import transformer
-from refine_af.models.cache import KVCache, empty_cache
+from refine_af.models.cache import KVCache
 from refine_af.models.transformer import Definition, Params
 
 _CDF_BLOCK = 256  # entries a block of the two-level inverse CDF
@@ -58,11 +59,10 @@ def prefill(
     """Run the prompts; only the last position's logits are computed."""
     model = transformer.bind(definition, params)
     batch = tokens.shape[0]
-    cache = empty_cache(definition.config, batch, cache_length)
-    hidden, cache = model(tokens, start, cache=cache)
+    hidden, whole = model(tokens, start)
     logits = model.logits(hidden[:, -1])
     return DecodeState(
-        cache=cache,
+        cache=cache_lib.lay_out(definition.config, whole, cache_length),
         start=start,
         logits=logits,
         drawn=jnp.zeros((batch,), jnp.int32),

@@ -15,13 +15,15 @@ def bucket(length: int) -> int:
     return max(-(-length // step), 1) * step
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, fmt: str) -> list[int]:
+def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, text: str, fmt: str) -> list[int]:
     """Token ids of a prompt: as it is (`raw`, with the tokenizer's own bos if it adds one), or as
     the user's turn of a chat.
 
     Raises:
-        ValueError: `chat` for a tokenizer without a chat template.
+        ValueError: there is no tokenizer, or `chat` is asked of one without a chat template.
     """
+    if tokenizer is None:
+        raise ValueError("this model has no tokenizer; give prompt_token_ids instead of a text")
     if fmt == "raw":
         return list(tokenizer(text).input_ids)
     if not tokenizer.chat_template:
@@ -33,8 +35,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, text: str, fmt: str) -> li
     return list(tokenizer(chat, add_special_tokens=False).input_ids)
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: TokenIds) -> str:
-    """Text of generated tokens without special ones."""
+def decode(tokenizer: PreTrainedTokenizerBase | None, ids: TokenIds) -> str:
+    """Text of generated tokens without special ones; empty without a tokenizer."""
+    if tokenizer is None:
+        return ""
     text = tokenizer.decode(list(ids), skip_special_tokens=True)
     assert isinstance(text, str)
     return text

@@ -1,15 +1,20 @@
 """Small decoders with random weights, shared by the tests of models."""
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
-from refine_af.models import transformer
+from refine_af.models import hf, hf_config, transformer
 from refine_af.models.config import ModelConfig
+from refine_af.models.sources import Source
 from refine_af.models.transformer import Params
+from refine_af.models.weights import TreeWeights
 
 WINDOW = 8
 # None of these is a default of transformers: one that gets lost shows.
@@ -49,3 +54,23 @@ def noise(shapes: Any, seed: int) -> Params:
 @functools.cache
 def random_params(config: ModelConfig) -> Params:
     return noise(jax.eval_shape(lambda: transformer.init(config, key=jax.random.key(0)))[0], seed=0)
+
+
+def source_of(
+    config: ModelConfig,
+    params: Params,
+    eos_ids: tuple[int, ...] = (2,),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Source:
+    """These parameters as a source that never lay on a disk."""
+    raw = hf_config.to_raw(config, eos_ids=eos_ids)
+    return Source("memory", "random", config, raw, TreeWeights(params), eos_ids, tokenizer)
+
+
+def write_directory(config: ModelConfig, params: Params, folder: Path) -> Path:
+    """A Hugging Face directory without a tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = hf_config.to_raw(config, eos_ids=(2,))
+    (folder / "config.json").write_text(json.dumps(raw))
+    hf.write(TreeWeights(params), config, folder)
+    return folder

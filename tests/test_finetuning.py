@@ -13,6 +13,7 @@ import optax
 import pytest
 import torch
 import transformers
+from decoders import source_of
 from jax.tree_util import keystr, tree_leaves_with_path
 from transformers import PreTrainedTokenizerFast
 
@@ -106,7 +107,8 @@ def base() -> BaseModel:
         jax.tree_util.tree_map_with_path(draw, shapes),
         mesh.param_shardings(TINY, None, devices)[0],
     )
-    return BaseModel(TINY, transformer.define(TINY), params, TOKENIZER, (EOS,), devices)
+    source = source_of(TINY, params, (EOS,), TOKENIZER)
+    return BaseModel(source, transformer.define(TINY), params, devices)
 
 
 @functools.cache
@@ -285,10 +287,10 @@ def fail_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
         (records, "append_rows", 1),  # before the first checkpoint
         (records, "append_rows", 4),  # a row after the second
         (checkpoints, "save", 1),  # rows are written that no checkpoint holds
-        (hf, "write_params", 0),  # all steps are done, the export is not
-        (hf, "write_config", 0),
+        (hf, "write", 0),  # all steps are done, the export is not
+        (hf, "_write_file", 0),
     ],
-    ids=["row-1", "row-4", "save-1", "export", "export-end"],
+    ids=["row-1", "row-4", "save-1", "export", "export-file"],
 )
 def test_a_run_that_was_killed_ends_as_an_undisturbed_one(
     module: Any, name: str, call: int, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ import transformers
 from safetensors.numpy import load_file
 
 from refine_af import records
-from refine_af.models import hf, sources
+from refine_af.models import sources
 
 STAGES = (
     "generate_instructions",
@@ -221,9 +221,11 @@ def test_the_tuned_model_loads_in_transformers(undisturbed: Done) -> None:
     ids = torch.tensor([tokenizer("Say hello.").input_ids])
     with torch.no_grad():
         assert model(ids).logits.shape == (1, 10, len(tokenizer))
-    base = sources.load("random:tiny")
-    tuned = hf.read_params(base.config, folder)["layers"]["attention"]["q"]["kernel"]
-    assert not np.array_equal(tuned, base.params["layers"]["attention"]["q"]["kernel"])
+    tuned, base = (
+        sources.open_model(name).load()["layers"]["attention"]["q"]["kernel"]
+        for name in (str(folder), "random:tiny")
+    )
+    assert not np.array_equal(tuned, base)
     assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == np.float32
 
 

@@ -12,6 +12,7 @@ import optax
 import pytest
 import torch
 import transformers
+from decoders import source_of, write_directory
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from refine_af import config as config_lib
@@ -22,7 +23,7 @@ from refine_af.config import Ppo, Sampling
 from refine_af.configs import tiny
 from refine_af.engine import Completion, Request
 from refine_af.mesh import shard_batch
-from refine_af.models import hf, transformer
+from refine_af.models import transformer
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.registry import PRESETS
 from refine_af.rollout import Reading, Rollout
@@ -62,7 +63,8 @@ def base(sizes: Sizes = ONE_DEVICE) -> BaseModel:
         jax.tree_util.tree_map_with_path(draw, shapes),
         mesh_lib.param_shardings(TINY, None, mesh)[0],
     )
-    return BaseModel(TINY, transformer.define(TINY), params, byte_tokenizer(), EOS, mesh)
+    source = source_of(TINY, params, EOS, byte_tokenizer())
+    return BaseModel(source, transformer.define(TINY), params, mesh)
 
 
 @functools.cache
@@ -322,8 +324,7 @@ class Torch:
 
     def __init__(self, folder: Path, state: TrainState) -> None:
         torch.set_num_threads(1)  # its threads and XLA's, spinning on the same cores
-        hf.write_config(TINY, folder, eos_ids=(2,))
-        hf.write_params(TINY, base().params, folder)
+        write_directory(TINY, base().params, folder)
         load = transformers.AutoModelForCausalLM.from_pretrained
         self.model = load(folder, dtype=torch.float64, attn_implementation="eager")
         self.trainable = jax.tree.map(

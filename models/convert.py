@@ -1,0 +1,124 @@
+"""Conversion of model directories: a source in, a directory of the other kind out."""
+
+import contextlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from refine_af.models import hf, orbax_directory
+from refine_af.models.hf import Progress
+from refine_af.models.sources import Source
+from refine_af.models.weights import Weights
+
+# Beside the weights: tokenizers, chat templates, licences. Never code.
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
+_NOT_COPIED = {"config.json", hf.INDEX}
+
+
+def convert(
+    source: Source,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> str:
+    """Write `target`: a Hugging Face directory from an Orbax one, an Orbax one from all others.
+
+    It is written aside and appears when it is complete. One layer of one array is in memory at a
+    time.
+
+    Args:
+        dtype: of the stored weights; None keeps those of the source.
+        progress: called with the number of bytes that were written.
+
+    Returns:
+        What `target` is now.
+
+    Raises:
+        ValueError: `target` exists and is not to be replaced, or the source is damaged.
+        OSError: the disk is full, or cannot be written.
+    """
+    weights = source.weights
+    _check_space(target, num_bytes(weights, dtype))
+    with staged(target, overwrite=overwrite) as partial:
+        try:
+            _write_companions(source, partial, dtype)
+            if source.kind == "orbax":
+                hf.write(weights, source.config, partial, dtype=dtype, progress=progress)
+            else:
+                orbax_directory.write(weights, partial, dtype=dtype, progress=progress)
+        except OSError as error:
+            raise OSError(f"{target}: cannot be written ({error.strerror or error})") from None
+    return "a Hugging Face directory" if source.kind == "orbax" else "an Orbax directory"
+
+
+def export(source: Source, weights: Weights, target: Path) -> None:
+    """Write a Hugging Face directory of `source` with other weights, in their own dtype."""
+    (dtype,) = {str(array.dtype) for array in weights.arrays.values()}
+    with staged(target, overwrite=True) as partial:
+        _write_companions(source, partial, dtype)
+        hf.write(weights, source.config, partial)
+
+
+def num_bytes(weights: Weights, dtype: str | None = None) -> int:
+    """Size of all arrays as they will be stored."""
+    arrays = weights.arrays.values()
+    return sum(math.prod(a.shape) * np.dtype(dtype or a.dtype).itemsize for a in arrays)
+
+
+@contextlib.contextmanager
+def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new directory that becomes `target` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        ValueError: `target` exists, and is not to be replaced or is not a model's directory.
+    """
+    if target.exists() and not overwrite:
+        raise ValueError(f"{target}: exists; give another target, or --overwrite to replace it")
+    if target.exists() and not (target / "config.json").is_file():
+        raise ValueError(f"{target}: not a model's directory; --overwrite does not replace it")
+    partial, old = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "old"))
+    for left_over in (partial, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_space(target: Path, needed: int) -> None:
+    parent = next(path for path in target.absolute().parents if path.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise OSError(
+            f"{parent}: {free / 2**30:.1f} GiB are free, {needed / 2**30:.1f} GiB are needed; "
+            "make room or give a target on another disk"
+        )
+
+
+def _write_companions(source: Source, directory: Path, dtype: str | None) -> None:
+    """config.json, generation_config.json and the tokenizer's files."""
+    raw = source.raw
+    if dtype is not None:
+        raw = {key: value for key, value in raw.items() if key != "torch_dtype"} | {"dtype": dtype}
+    (directory / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    if source.directory is None:
+        generation = json.dumps({"eos_token_id": list(source.eos_ids)}, indent=2)
+        (directory / "generation_config.json").write_text(generation + "\n")
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(str(directory))
+        return
+    for pattern in _COMPANIONS:
+        for file in source.directory.glob(pattern):
+            if file.name not in _NOT_COPIED:
+                shutil.copyfile(file, directory / file.name)

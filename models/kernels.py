@@ -1,0 +1,133 @@
+"""Fused attention of whole sequences: cuDNN on GPUs, splash attention on TPUs.
+
+Both compute what `attention.attend` does under the mask `attention.visible`, without ever holding
+the scores. Axis letters as in `layers`.
+"""
+
+import functools
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Float, Int
+
+from refine_af.models.config import ModelConfig
+
+_LANES = 128  # entries of a TPU vector register's last axis
+
+
+class Kernel(Protocol):
+    """Attention of T columns among themselves."""
+
+    def __call__(
+        self,
+        query: Float[Array, "B N T H"],
+        keys: Float[Array, "B K T H"],
+        values: Float[Array, "B K T H"],
+        start: Int[Array, "B"],
+        *,
+        window: int | None,
+        scale: float,
+        softcap: float | None,
+    ) -> Float[Array, "B N T H"]:
+        """Causal, columns before `start` hidden, and those `window` or more back."""
+
+
+def obstacle(name: str, config: ModelConfig, length: int) -> str | None:
+    """What keeps a kernel from computing this model's attention; None when nothing does."""
+    if name == "cudnn":
+        if config.dtype not in ("bfloat16", "float16"):
+            return f"cuDNN needs bfloat16 or float16, not {config.dtype}"
+        if config.attention_softcap is not None:
+            return "cuDNN has no soft cap of scores"
+        if config.head_dim > 128 or config.head_dim % 8:
+            return f"cuDNN needs a head_dim of at most 128, a multiple of 8, not {config.head_dim}"
+        return None
+    if length % _LANES:
+        return f"splash attention needs a length that is a multiple of {_LANES}, not {length}"
+    if jax.device_count() > 1:
+        return "splash attention is not partitioned over devices yet"
+    return None
+
+
+def cudnn(
+    query: Float[Array, "B N T H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    start: Int[Array, "B"],
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B N T H"]:
+    """FlashAttention (arXiv 2307.08691) of cuDNN, through `jax.nn.dot_product_attention`."""
+    assert softcap is None
+    length = query.shape[2]
+    # A padding query would see nothing, and softmax of nothing is NaN: it sees itself instead.
+    column = jnp.arange(length, dtype=jnp.int32)
+    real = column[None] >= start[:, None]
+    mask = real[:, None, None, :] | jnp.eye(length, dtype=bool)[None, None]
+    mixed = jax.nn.dot_product_attention(
+        *(x.swapaxes(1, 2) for x in (query, keys, values)),
+        mask=mask,
+        scale=scale,
+        is_causal=True,  # without it a window would also open to the future
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return mixed.swapaxes(1, 2)
+
+
+def splash(
+    query: Float[Array, "B N T H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    start: Int[Array, "B"],
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    interpret: bool = False,
+) -> Float[Array, "B N T H"]:
+    """Splash attention, JAX's sparse flash kernel for TPUs, one row at a time.
+
+    Padding is a segment of its own, so that padding queries see padding.
+
+    Args:
+        interpret: run on any device, slowly, for tests.
+    """
+    num_heads, length = query.shape[1:3]
+    if window is None:
+        mask: masks.Mask = masks.CausalMask((length, length))
+    else:
+        mask = masks.LocalMask((length, length), (window - 1, 0), 0)
+    block = next(size for size in (512, 256, _LANES) if length % size == 0)
+    kernel = splash_lib.make_splash_mha(
+        masks.MultiHeadMask([mask] * num_heads),
+        block_sizes=_block_sizes(block),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+    )
+    real = (jnp.arange(length, dtype=jnp.int32)[None] >= start[:, None]).astype(jnp.int32)
+    return jax.vmap(kernel)(query * scale, keys, values, splash_lib.SegmentIds(real, real))
+
+
+@functools.cache
+def _block_sizes(block: int) -> splash_lib.BlockSizes:
+    return splash_lib.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+
+
+KERNELS: dict[str, Kernel] = {"cudnn": cudnn, "splash": splash}

@@ -1,0 +1,304 @@
+"""Conversion both ways: bit-equal, whole or not at all, in little memory."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import convert_7b
+import families
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+import transformers
+from convert_7b import write_random
+from decoders import CONFIGS, noise, source_of, write_directory
+from safetensors.numpy import load_file
+
+from refine_af.models import convert, hf, sources, transformer
+from refine_af.models.registry import PRESETS
+from refine_af.models.weights import TreeWeights, flat
+
+PROMPT = {"prompt_token_ids": [5, 17, 3, 88, 42, 9, 60, 23, 71, 30, 4, 12]}  # past the windows
+
+
+def program(name: str, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a program; `before` is what the shell does first."""
+    command = [sys.executable, "-m", f"refine_af.launch.{name}", *arguments]
+    return subprocess.run(
+        ["sh", "-c", f'{before}\nexec "$@"', "sh", *command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    )
+
+
+def there_and_back(source: Path, folder: Path, dtype: str | None = None) -> tuple[Path, Path]:
+    orbax, back = folder / "orbax", folder / "back"
+    convert.convert(sources.open_model(str(source), param_dtype=None), orbax, dtype=dtype)
+    convert.convert(sources.open_model(str(orbax), param_dtype=None), back)
+    return orbax, back
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
+
+
+def assert_bit_equal(first: Path, second: Path) -> None:
+    ours, theirs = tensors_of(first), tensors_of(second)
+    assert ours.keys() == theirs.keys()
+    for key, array in ours.items():
+        assert array.dtype == theirs[key].dtype, key
+        np.testing.assert_array_equal(array, theirs[key], err_msg=key)
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_there_and_back_is_bit_equal_and_transformers_takes_it(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    orbax, back = there_and_back(families.saved(family), tmp_path)
+    assert_bit_equal(families.saved(family), back)
+    for name in ("config.json", "generation_config.json"):
+        read = [json.loads((d / name).read_text()) for d in (families.saved(family), orbax, back)]
+        assert read[0] == read[1] == read[2]
+    with warnings.catch_warnings(), caplog.at_level("WARNING"):
+        warnings.simplefilter("error")
+        _, info = transformers.AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
+    assert not any(info.values()), info
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_an_export_from_memory_is_taken_without_a_warning(
+    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its config.json is of our making: it has to say the same as that of transformers."""
+    source = sources.open_model(str(families.saved(family)))
+    params = source.load()
+    write_directory(source.config, params, tmp_path / "ours")
+    with warnings.catch_warnings(), caplog.at_level("WARNING"):
+        warnings.simplefilter("error")
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+        )
+    assert not any(info.values()), info
+    assert not caplog.records
+    ids = torch.tensor([PROMPT["prompt_token_ids"]])
+    with torch.no_grad():
+        expected = families.build(family)(ids).logits
+        assert torch.equal(model.eval()(ids).logits, expected)
+
+
+def test_generate_prints_the_same_tokens_for_both_forms(tmp_path: Path) -> None:
+    family = "gemma3"
+    orbax = tmp_path / "orbax"
+    run = program("convert", f"--source={families.saved(family)}", f"--target={orbax}")
+    assert (run.returncode, run.stdout.count("\n")) == (0, 1), run.stderr
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(PROMPT))
+    outputs = []
+    for i, model in enumerate((families.saved(family), orbax)):
+        target = tmp_path / f"{i}.jsonl"
+        run = program(
+            "generate",
+            f"--model={model}",
+            f"--prompts={tmp_path / 'prompts.jsonl'}",
+            f"--output={target}",
+            "--max_new_tokens=32",
+        )
+        assert run.returncode == 0, run.stderr
+        outputs.append(json.loads(target.read_text()))
+    assert outputs[0] == outputs[1]
+    ids = torch.tensor([PROMPT["prompt_token_ids"]])
+    expected = families.build(family).generate(ids, max_new_tokens=32, do_sample=False)
+    assert outputs[0]["token_ids"] == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("family", families.CONFIGS)
+def test_both_forms_load_alike(family: str, tmp_path: Path) -> None:
+    orbax = tmp_path / "orbax"
+    source = sources.open_model(str(families.saved(family)))
+    convert.convert(source, orbax)
+    again = sources.open_model(str(orbax))
+    assert again.config == source.config
+    jax.tree.map(np.testing.assert_array_equal, again.load(), source.load())
+
+
+def test_another_dtype_is_cast_on_the_way(tmp_path: Path) -> None:
+    _, back = there_and_back(families.saved("qwen3"), tmp_path, dtype="bfloat16")
+    for key, array in tensors_of(families.saved("qwen3")).items():
+        cast = tensors_of(back)[key]
+        assert cast.dtype == "bfloat16"
+        np.testing.assert_array_equal(cast, array.astype("bfloat16"))
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_orbax_reads_what_we_write(tmp_path: Path) -> None:
+    """Without this project's code: a plain restore of the checkpoint."""
+    source = sources.open_model(str(families.saved("qwen2.5")))
+    convert.convert(source, tmp_path / "orbax")
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore((tmp_path / "orbax/params").absolute())
+    jax.tree.map(np.testing.assert_array_equal, restored, source.load())
+
+
+def test_large_models_are_written_in_shards_with_an_index(tmp_path: Path) -> None:
+    config = CONFIGS["llama-untied"]
+    params = noise(jax.eval_shape(lambda: transformer.init(config, key=jax.random.key(0)))[0], 0)
+    write_directory(config, params, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    hf.write(TreeWeights(params), config, tmp_path, shard_bytes=20_000)
+    files = sorted(file.name for file in tmp_path.glob("*.safetensors"))
+    assert len(files) > 1 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all((tmp_path / name).stat().st_size < 24_000 for name in files)
+    size = json.loads((tmp_path / hf.INDEX).read_text())["metadata"]["total_size"]
+    assert size == sum(leaf.nbytes for _, leaf in flat(params))
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    loaded = sources.open_model(str(tmp_path)).load()
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_weights_of_a_source_with_a_tokenizer_keep_it(tmp_path: Path) -> None:
+    orbax, back = tmp_path / "orbax", tmp_path / "back"
+    convert.convert(sources.open_model("random:tiny"), orbax)
+    (orbax / "evil.py").write_text("raise SystemExit")
+    convert.convert(sources.open_model(str(orbax)), back)
+    for folder in (orbax, back):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.decode(tokenizer("h\u00e9!").input_ids) == "h\u00e9!"
+    assert not (back / "evil.py").exists()
+
+
+# Whole or not at all
+
+
+def test_an_existing_target_is_refused_without_overwrite(tmp_path: Path) -> None:
+    source = sources.open_model(str(families.saved("llama2")))
+    convert.convert(source, tmp_path / "target")
+    with pytest.raises(ValueError, match=r"target: exists; .*--overwrite"):
+        convert.convert(source, tmp_path / "target")
+    (tmp_path / "target/old").touch()
+    convert.convert(source, tmp_path / "target", overwrite=True)
+    assert not (tmp_path / "target/old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_overwrite_never_removes_what_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.png").touch()
+    source = sources.open_model(str(families.saved("llama2")))
+    with pytest.raises(ValueError, match="photos: not a model's directory"):
+        convert.convert(source, tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos/cat.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_a_target_appears_only_when_it_is_complete(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle; an old target stays as it was."""
+    config = CONFIGS["llama-mha"]
+    params = noise(jax.eval_shape(lambda: transformer.init(config, key=jax.random.key(0)))[0], 0)
+    source = source_of(config, params)
+    if kind == "hf":
+        convert.convert(source, tmp_path / "source")
+        source = sources.open_model(str(tmp_path / "source"))
+    target = tmp_path / "target"
+    convert.convert(source, target)
+    before = {p: p.read_bytes() for p in target.rglob("*") if p.is_file()}
+    count = iter(range(3))
+
+    def progress(_: int) -> None:
+        if next(count, None) is None:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        convert.convert(source, target, overwrite=True, progress=progress)
+    assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == before
+    assert not list(tmp_path.glob("target.*"))
+
+
+@pytest.mark.parametrize("kind", ["hf", "orbax"])
+def test_a_full_disk_is_one_clear_line(kind: str, tmp_path: Path) -> None:
+    """A limit of 4 KiB on the size of files stands in for the disk."""
+    source = families.saved("llama2")
+    if kind == "orbax":
+        source = tmp_path / "source"
+        convert.convert(sources.open_model(str(families.saved("llama2"))), source)
+    run = program(
+        "convert",
+        f"--source={source}",
+        f"--target={tmp_path / 'target'}",
+        before="ulimit -f 8",  # blocks of 512 bytes
+    )
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    assert f"error: {tmp_path / 'target'}: cannot be written (" in run.stderr
+    assert "File too large" in run.stderr
+    assert not list(tmp_path.glob("target*"))
+
+
+def test_too_little_space_is_said_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 10))
+    with pytest.raises(OSError, match=r"0\.0 GiB are free, .* GiB are needed; make room"):
+        convert.convert(sources.open_model("random:tiny"), tmp_path / "target")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("part", ["manifest.ocdbt", "_METADATA", "d/*"])
+@pytest.mark.parametrize("fault", ["cut", "flipped", "gone"])
+def test_a_damaged_orbax_directory_is_named(part: str, fault: str, tmp_path: Path) -> None:
+    convert.convert(sources.open_model(str(families.saved("llama2"))), tmp_path / "orbax")
+    for file in (tmp_path / "orbax/params").glob(part):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 0xFF
+        file.write_bytes(data[: len(data) // 2] if fault == "cut" else data)
+        if fault == "gone":
+            file.unlink()
+    with pytest.raises(ValueError, match=r"orbax/params: .*(damaged|not a readable)") as error:
+        sources.open_model(str(tmp_path / "orbax")).load()
+    assert "\n" not in str(error.value)
+
+
+def test_an_orbax_directory_of_another_model_is_refused(tmp_path: Path) -> None:
+    """All that is wrong with it, at once."""
+    convert.convert(sources.open_model(str(families.saved("llama2"))), tmp_path / "orbax")
+    path = tmp_path / "orbax/config.json"
+    raw = json.loads(path.read_text()) | {"tie_word_embeddings": True, "intermediate_size": 8}
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ValueError) as error:
+        sources.open_model(str(tmp_path / "orbax"))
+    assert "unexpected head" in str(error.value)
+    assert "gate/kernel has shape (3, 24, 40), expected (3, 24, 8)" in str(error.value)
+
+
+# Memory
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """1.6 GB of weights there and back, with at most 0.4 GB more than a few kB of them take.
+
+    tests/convert_7b.py does the same with 13.5 GB.
+    """
+    peaks = {}
+    for preset in ("tiny", "smollm2-1.7b"):
+        config = dataclasses.replace(PRESETS[preset], num_layers=12, param_dtype="bfloat16")
+        folder = tmp_path / preset
+        write_random(config, folder / "hf")
+        peaks[preset] = [
+            convert_7b.convert(folder / "hf", folder / "orbax"),
+            convert_7b.convert(folder / "orbax", folder / "back"),
+        ]
+        assert convert_7b.assert_bit_equal(folder / "hf", folder / "back")
+    for small, large in zip(*peaks.values(), strict=True):
+        assert large < small + 0.4
