@@ -26,7 +26,7 @@ _OVERWRITE = absl_flags.DEFINE_bool("overwrite", False, "Replace a model that is
 
 def main() -> None:
     """Open the source, write the target."""
-    target = Path(flags.require(_TARGET))
+    target = Path(flags.require(_TARGET)).expanduser()
     source = sources.open_model(flags.require(_SOURCE), param_dtype=None)
     total = convert.num_bytes(source.weights, _DTYPE.value)
     with bar("convert", total=total, unit="B") as progress:

@@ -1,6 +1,11 @@
-"""Continue prompts with any model: one text, or a JSONL file of rows with their own parameters."""
+"""Continue prompts with any model: one text, or a JSONL file of rows with their own parameters.
+
+A row that cannot be used is answered with an `error` in its place; the other rows go on.
+"""
 
 import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +14,10 @@ from absl import flags as absl_flags
 from refine_af import base_model, records, tokens
 from refine_af.base_model import BaseModel
 from refine_af.config import Lora, Mesh, Model, Sampling, from_dict
-from refine_af.engine import Request
 from refine_af.launch import flags
 from refine_af.models import lora
 from refine_af.progress import bar
+from refine_af.requests import Completion, Request
 
 _MODEL = absl_flags.DEFINE_string(
     "model",
@@ -26,22 +31,36 @@ _PROMPT = absl_flags.DEFINE_string("prompt", None, "One prompt; its continuation
 _PROMPTS = absl_flags.DEFINE_string(
     "prompts",
     None,
-    'JSONL rows {"prompt": ...} or {"prompt_token_ids": [...]}, with own parameters.',
+    'JSONL rows {"prompt": ...} or {"prompt_token_ids": [...]}, with own sampling parameters: '
+    "those of the flags, presence_penalty, stop, stop_token_ids.",
 )
 _OUTPUT = absl_flags.DEFINE_string("output", None, "JSONL file to write, with --prompts.")
+_AS_COMPLETED = absl_flags.DEFINE_bool(
+    "as_completed", False, "Write rows as they finish, each with its `row`; else in order."
+)
+_FULL_LOGPROBS = absl_flags.DEFINE_bool(
+    "full_logprobs", False, "Write also log-probabilities under softmax(logits / temperature)."
+)
 _FORMAT = absl_flags.DEFINE_enum("format", "raw", ["raw", "chat"], "How prompts are framed.")
-_TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.0, "0 is greedy.", lower_bound=0.0)
+_TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
 _TOP_P = absl_flags.DEFINE_float("top_p", 1.0, "Nucleus; 1 is no limit.")
-_TOP_K = absl_flags.DEFINE_integer("top_k", 0, "Most likely tokens; 0 is no limit.", lower_bound=0)
+_TOP_K = absl_flags.DEFINE_integer("top_k", 0, "Most likely tokens; 0 is no limit.")
+_MIN_P = absl_flags.DEFINE_float("min_p", 0.0, "Share of the likeliest token's probability.")
+_REPETITION_PENALTY = absl_flags.DEFINE_float("repetition_penalty", 1.0, "1 is none.")
 _MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", 128, "Tokens to draw at most.")
+_NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Answers to each row.", lower_bound=1)
 _SEED = absl_flags.DEFINE_integer("seed", 0, "Row i draws with seed + i.")
 _DTYPE = absl_flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the arithmetic.")
-_BATCH_SIZE = absl_flags.DEFINE_integer("batch_size", 16, "Rows at a time.", lower_bound=1)
+_BATCH_SIZE = absl_flags.DEFINE_integer("batch_size", 16, "Answers at a time.", lower_bound=1)
+_INT8_WEIGHTS = absl_flags.DEFINE_bool("int8_weights", False, "Round the weights to int8.")
+_INT8_CACHE = absl_flags.DEFINE_bool("int8_cache", False, "Keep keys and values as int8.")
 
-_OWN = {"temperature", "top_p", "top_k", "presence_penalty", "max_new_tokens", "stop"}
+_OWN = {field.name for field in dataclasses.fields(Sampling)}
+
+Row = dict[str, Any]
 
 
-def request_of(row: dict[str, Any], number: int, default: Sampling, base: BaseModel) -> Request:
+def request_of(row: Row, number: int, default: Row, base: BaseModel) -> Request:
     """Request of a row: its prompt, and its own sampling parameters over the default ones.
 
     Raises:
@@ -50,72 +69,163 @@ def request_of(row: dict[str, Any], number: int, default: Sampling, base: BaseMo
     ids = row.get("prompt_token_ids")
     if ids is None:
         if not isinstance(row.get("prompt"), str):
-            raise ValueError(f"row {number}: expected a string 'prompt' or 'prompt_token_ids'")
+            raise ValueError("expected a string 'prompt' or 'prompt_token_ids'")
         ids = tokens.encode_prompt(base.source.tokenizer, row["prompt"], _FORMAT.value)
-    vocab = base.config.vocab_size
-    usable = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab for i in ids)
-    if not usable:
-        raise ValueError(f"row {number}: prompt_token_ids must be integers from 0 to {vocab - 1}")
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise ValueError("prompt_token_ids must be a list of integers")
     own = {name: row[name] for name in _OWN & row.keys()}
     if isinstance(own.get("stop"), str):
         own["stop"] = (own["stop"],)
-    try:
-        sampling = from_dict(Sampling, dataclasses.asdict(default) | own)
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from None
+    sampling = from_dict(Sampling, default | own)
     seed = row.get("seed", _SEED.value + number)
     if type(seed) is not int:
-        raise ValueError(f"row {number}: seed={seed!r}: expected int")
+        raise ValueError(f"seed={seed!r}: expected int")
     return Request(tuple(ids), sampling, seed)
 
 
-def main() -> None:
-    """Read prompts, sample, write rows in the order of the prompts."""
-    if (_PROMPT.value is None) == (_PROMPTS.value is None):
-        raise ValueError("give either --prompt TEXT or --prompts FILE.jsonl")
-    if _PROMPTS.value is None:
-        rows: list[dict[str, Any]] = [{"prompt": _PROMPT.value}]
-        target = None
-    else:
-        rows = flags.read_input(Path(_PROMPTS.value), ())
-        target = Path(flags.require(_OUTPUT))
-    default = Sampling(
-        temperature=_TEMPERATURE.value,
-        top_p=_TOP_P.value,
-        top_k=_TOP_K.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
-    )
-    model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
-    base = base_model.load(model, Mesh())
-    requests = [request_of(row, i, default, base) for i, row in enumerate(rows)]
-    size = min(_BATCH_SIZE.value, len(requests))
+def read_rows(path: Path) -> Iterator[tuple[Row, str]]:
+    """(row, what is wrong with its line) for every line that is not blank.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected JSONL")
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            yield {}, f"line {number} is not UTF-8 ({error.reason} at byte {error.start})"
+        except json.JSONDecodeError as error:
+            yield {}, f"line {number} is not valid JSON ({error})"
+        else:
+            usable = isinstance(row, dict)
+            yield (row, "") if usable else ({}, f"line {number} is not a JSON object")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One answer of the output: a row's request, or what is wrong with the row."""
+
+    number: int  # of the row
+    row: Row
+    request: Request | None
+    fault: str = ""
+
+
+def asked_of(rows: Iterable[tuple[Row, str]], base: BaseModel) -> Iterator[Asked]:
+    """All answers that are asked for, in order."""
+    default = {
+        "temperature": _TEMPERATURE.value,
+        "top_p": _TOP_P.value,
+        "top_k": _TOP_K.value,
+        "min_p": _MIN_P.value,
+        "presence_penalty": 0.0,
+        "repetition_penalty": _REPETITION_PENALTY.value,
+        "max_new_tokens": _MAX_NEW_TOKENS.value,
+        "stop": (),
+        "stop_token_ids": (),
+    }
+    for number, (row, fault) in enumerate(rows):
+        try:
+            if fault:
+                raise ValueError(fault)
+            request = request_of(row, number, default, base)
+        except ValueError as error:
+            yield Asked(number, row, None, str(error))
+        else:
+            for sample in request.samples(_NUM_SAMPLES.value):
+                yield Asked(number, row, sample)
+
+
+def completions(base: BaseModel, asked: Sequence[Asked]) -> Iterator[tuple[int, Completion]]:
+    """(place in `asked`, completion) as they finish, under a progress bar; faults come first."""
+    usable = []
+    for place, one in enumerate(asked):
+        if one.request is None:
+            yield place, Completion("", (), (), (), "error", one.fault)
+        else:
+            usable.append((place, one.request))
     options, adapter = None, None
     if _ADAPTER.value is not None:
         shape, adapter = lora.read_peft(Path(_ADAPTER.value), base.config)
         options = Lora(**dataclasses.asdict(shape))
-    engine = base.engine(size, options)
-    budget = sum(r.sampling.max_new_tokens for r in requests)
-    with bar("generate", total=budget, unit="token") as progress:
+    int8 = _INT8_WEIGHTS.value
+    engine = base.engine(_BATCH_SIZE.value, int8_weights=int8, int8_cache=_INT8_CACHE.value)
+    params = base.for_sampling(adapter, options, int8_weights=int8)
+    with bar("generate", total=len(usable), unit="completion") as progress:
+        requests = [request for _, request in usable]
+        for i, completion in engine.stream(params, requests, progress.count_tokens):
+            progress.update()
+            yield usable[i][0], completion
 
-        def count(new: int) -> None:
-            progress.update(new)
 
-        completions = engine.generate(base.for_sampling(adapter, options), requests, count)
-    if target is None:
-        print(completions[0].text)
-        return
-    written = [
-        {
-            "prompt": row.get("prompt", ""),
-            "completion": completion.text,
-            "prompt_token_ids": list(request.prompt_ids),
-            "token_ids": list(completion.token_ids),
-            "logprobs": list(completion.logprobs),
-            "finish_reason": completion.finish_reason,
-        }
-        for row, request, completion in zip(rows, requests, completions, strict=True)
-    ]
-    records.write_text(target, "".join(map(records.to_line, written)))
+def in_order(finished: Iterable[tuple[int, Completion]]) -> Iterator[tuple[int, Completion]]:
+    """The same, each as soon as all before it have come."""
+    waiting: dict[int, Completion] = {}
+    following = 0
+    for place, completion in finished:
+        waiting[place] = completion
+        while following in waiting:
+            yield following, waiting.pop(following)
+            following += 1
+
+
+def output_row(asked: Asked, completion: Completion) -> Row:
+    """What is written for a completion."""
+    made = {
+        "prompt": asked.row.get("prompt", ""),
+        "completion": completion.text,
+        "prompt_token_ids": list(asked.request.prompt_ids) if asked.request else [],
+        "token_ids": list(completion.token_ids),
+        "logprobs": list(completion.logprobs),
+        "finish_reason": completion.finish_reason,
+    }
+    if _FULL_LOGPROBS.value:
+        made["full_logprobs"] = list(completion.full_logprobs)
+    if completion.error:
+        made["error"] = f"row {asked.number}: {completion.error}"
+    return {"row": asked.number, **made} if _AS_COMPLETED.value else made
+
+
+def main() -> None:
+    """Read prompts, sample, write rows as soon as they may be."""
+    if (_PROMPT.value is None) == (_PROMPTS.value is None):
+        raise ValueError("give either --prompt TEXT or --prompts FILE.jsonl")
+    rows, target = [({"prompt": _PROMPT.value}, "")], None
+    if _PROMPTS.value is not None:
+        rows, target = list(read_rows(Path(_PROMPTS.value))), Path(flags.require(_OUTPUT))
+    if not rows:
+        raise ValueError(f"{_PROMPTS.value}: no rows; expected JSONL")
+    model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
+    base = base_model.load(model, Mesh())
+    asked = list(asked_of(rows, base))
+    finished = completions(base, asked)
+    made = (
+        output_row(asked[place], completion)
+        for place, completion in (finished if _AS_COMPLETED.value else in_order(finished))
+    )
+    errors = write(target, made)
+    if errors:
+        where = f"{target}: {len(errors)} of {len(asked)} rows hold an error, the first: "
+        raise ValueError(("" if target is None else where) + errors[0])
+
+
+def write(target: Path | None, rows: Iterable[Row]) -> list[str]:
+    """Append rows to a new file, or print them; returns the errors among them."""
+    if target is not None:
+        records.write_text(target, "")
+    errors = []
+    for row in rows:
+        if "error" in row:
+            errors.append(row["error"])
+        if target is not None:
+            records.append_rows(target, [row])
+        elif "error" not in row:
+            print(row["completion"])
+    return errors
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 Axis letters as in `layers`.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from refine_af.models import cache, kernels
@@ -13,73 +17,115 @@ from refine_af.models.config import ModelConfig
 from refine_af.models.contraction import contract
 
 
+class Seen(NamedTuple):
+    """Keys and values, and which of them each query may see; S of them."""
+
+    stored: Stored  # of one row where all rows share it
+    mask: Bool[Array, "B T S"]
+
+
 def visible(
-    start: Int[Array, "B"],
+    start: Int[Array, "B 1|T"],
     query_columns: Int[Array, "T"],
     key_columns: Int[Array, "S"],
     window: int | None,
 ) -> Bool[Array, "B T S"]:
     """Which keys each query may see.
 
-    A query at column q sees a key at column k when `start <= k <= q` (left padding lies before
-    `start`; right padding lies after every real query, so causality hides it; an empty place of a
-    cache has a negative column) and, with a window w, when `q - k < w`.
+    A query at column q sees a key at column k when `start <= k <= q` (left padding, or another
+    text in the same row, lies before `start`; right padding lies after every real query, so
+    causality hides it; an empty place of a cache has a negative column) and, with a window w,
+    when `q - k < w`.
+
+    Args:
+        start: first column of the text that a query belongs to, of each row or of each query.
     """
     query, key = query_columns[None, :, None], key_columns[None, None, :]
-    seen = (key <= query) & (key >= start[:, None, None])
+    seen = (key <= query) & (key >= start[..., None])
     return seen if window is None else seen & (query - key < window)
 
 
 def attend(
-    query: Float[Array, "B N T H"],
-    keys: Float[Array, "B K S H"],
-    values: Float[Array, "B K S H"],
-    mask: Bool[Array, "B T S"],
-    config: ModelConfig,
+    query: Float[Array, "B N T H"], seen: Sequence[Seen], config: ModelConfig
 ) -> Float[Array, "B N T H"]:
     """Softmax attention; each kv head serves G = N/K query heads. The reference for all kernels.
 
     Scores and softmax are float32. A query that sees nothing (padding) gets a mean of values,
-    never NaN. Heads are grouped by reshaping the queries, so kv heads are not copied.
+    never NaN. Heads are grouped by reshaping the queries, so kv heads are not copied; keys that
+    all rows share meet all their queries in one product.
     """
     b, n, t, h = query.shape
-    k = keys.shape[1]
+    k = config.num_kv_heads
     grouped = (query * scale(config)).reshape(b, k, n // k * t, h)
-    scores = contract("bkqh,bksh->bkqs", grouped, keys)
+    scores = _joined([_scores(grouped, part.stored) for part in seen])
     if config.attention_softcap is not None:
         scores = jnp.tanh(scores / config.attention_softcap) * config.attention_softcap
+    mask = _joined([part.mask for part in seen])
     scores = scores.reshape(b, k, n // k, t, -1)
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = contract("bkqs,bksh->bkqh", weights.reshape(b, k, n // k * t, -1), values)
-    return mixed.reshape(b, n, t, h).astype(query.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(b, k, n // k * t, -1)
+    ends = np.cumsum([part.mask.shape[-1] for part in seen])[:-1]
+    parts = jnp.split(weights, ends, axis=-1)
+    mixed = sum(_mixed(w, part.stored, query.dtype) for w, part in zip(parts, seen, strict=True))
+    return jnp.asarray(mixed).reshape(b, n, t, h).astype(query.dtype)
+
+
+def _joined(parts: list[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _scores(grouped: Float[Array, "B K Q H"], stored: Stored) -> Float[Array, "B K Q S"]:
+    scores = _product("qh,sh->qs", grouped, stored.keys.astype(grouped.dtype))
+    return scores if stored.key_scales is None else scores * stored.key_scales[:, :, None]
+
+
+def _mixed(
+    weights: Float[Array, "B K Q S"], stored: Stored, dtype: jnp.dtype
+) -> Float[Array, "B K Q H"]:
+    if stored.value_scales is not None:
+        weights = weights * stored.value_scales[:, :, None]
+    return _product("qs,sh->qh", weights.astype(dtype), stored.values.astype(dtype))
+
+
+def _product(spec: str, a: Float[Array, "B K Q X"], b: Float[Array, "1|B K S H"]) -> Array:
+    """A product for each row and kv head; where all rows share `b`, one for each kv head."""
+    operands, out = spec.split("->")
+    left, right = operands.split(",")
+    rows, heads, queries, _ = a.shape
+    if rows == b.shape[0]:
+        return contract(f"bk{left},bk{right}->bk{out}", a, b)
+    flat = a.swapaxes(0, 1).reshape(heads, rows * queries, -1)
+    product = contract(f"k{left},k{right}->k{out}", flat, b[0])
+    return product.reshape(heads, rows, queries, -1).swapaxes(0, 1)
 
 
 def attend_cached(
     query: Float[Array, "B N T H"],
     new: Stored,
     stored: Stored,
-    start: Int[Array, "B"],
+    start: Int[Array, "B 1|T"],
     end: Int[Array, ""],
     window: int | None,
+    before: Sequence[Seen],
     config: ModelConfig,
 ) -> tuple[Float[Array, "B N T H"], Stored]:
     """Attention of columns end .. end+T to the cache and to themselves; and the cache with them.
 
     In a ring, several new columns may take the places of old ones that the first of them still
     see: then the new ones are written after they have looked.
+
+    Args:
+        before: what stands before all of these columns, a shared prefix say.
     """
-    length, places = query.shape[2], stored[0].shape[2]
+    length, places = query.shape[2], stored.keys.shape[2]
     query_columns = end + jnp.arange(length, dtype=jnp.int32)
     written = cache.append(stored, new, end, window)
     if window is None or length == 1:
-        keys, values = written
-        key_columns = cache.columns(places, end + length)
+        own = [(written, cache.columns(places, end + length))]
     else:
-        keys, values = (jnp.concatenate(pair, axis=2) for pair in zip(stored, new, strict=True))
-        key_columns = jnp.concatenate([cache.columns(places, end), query_columns])
-    mask = visible(start, query_columns, key_columns, window)
-    return attend(query, keys, values, mask, config), written
+        own = [(stored, cache.columns(places, end)), (new, query_columns)]
+    seen = [Seen(s, visible(start, query_columns, keys, window)) for s, keys in own]
+    return attend(query, [*before, *seen], config), written
 
 
 def scale(config: ModelConfig) -> float:

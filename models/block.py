@@ -12,7 +12,7 @@ from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.layers import Axes, FeedForward, Linear, RMSNorm
 from refine_af.models.rotary import Rotary
 
-# (queries, (keys, values)) of the new columns -> (what they see, what a cache keeps). It knows
+# (queries, keys and values) of the new columns -> (what they see, what a cache keeps). It knows
 # masks and caches; a layer does not.
 Attend = Callable[[Float[Array, "B N T H"], Stored], tuple[Float[Array, "B N T H"], Stored]]
 
@@ -31,6 +31,7 @@ class Attention(nnx.Module):
                 out_dim,
                 axes,
                 bias=bias,
+                int8=config.int8_weights,
                 lora=lora,
                 param_dtype=param_dtype,
                 rngs=rngs,
@@ -57,7 +58,7 @@ class Attention(nnx.Module):
         if self.qk_norm:
             query, keys = self.q_norm(query), self.k_norm(keys)
         query, keys = rotary_lib.rotate(query, rotary), rotary_lib.rotate(keys, rotary)
-        mixed, kept = attend(query, (keys, values))
+        mixed, kept = attend(query, Stored(keys, values))
         b, n, t, h = mixed.shape
         return self.o(mixed.transpose(0, 2, 1, 3).reshape(b, t, n * h)), kept
 

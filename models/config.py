@@ -1,6 +1,7 @@
 """Shape of a decoder and of its low-rank adapters."""
 
 import dataclasses
+import math
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -12,6 +13,10 @@ class LinearRope:
     """Positions divided by `factor` (Chen et al., arXiv 2306.15595)."""
 
     factor: float
+
+    def __post_init__(self) -> None:
+        """Refuse a factor that gives no positions."""
+        _check_factor(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,25 @@ class Llama3Rope:
     low_freq_factor: float
     high_freq_factor: float
     original_positions: int
+
+    def __post_init__(self) -> None:
+        """Refuse numbers between which nothing is slow, fast or a mixture."""
+        _check_factor(self)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not 0 < low < high < math.inf:
+            raise ValueError(
+                f"Llama3Rope: low_freq_factor={low} must be above 0 and below "
+                f"high_freq_factor={high}"
+            )
+        if self.original_positions < 1:
+            raise ValueError(
+                f"Llama3Rope.original_positions={self.original_positions}: expected at least 1"
+            )
+
+
+def _check_factor(rope: LinearRope | Llama3Rope) -> None:
+    if not 0 < rope.factor < math.inf:
+        raise ValueError(f"{type(rope).__name__}.factor={rope.factor}: expected a number above 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +89,8 @@ class ModelConfig:
     dtype: str = "float32"  # of activations and products, one of DTYPES
     param_dtype: str = "float32"  # of the stored weights
     attention_kernel: str = "auto"  # of whole sequences, one of KERNELS; auto: by the device
+    int8_weights: bool = False  # kernels of linears are int8, with a scale for each output
+    int8_cache: bool = False  # cached keys and values are int8, with a scale for each vector
 
     def __post_init__(self) -> None:
         """Refuse shapes that no weights can have."""

@@ -49,8 +49,20 @@ def _backward(spec: str, operands: tuple[Array, Array], g: Array) -> tuple[Array
 contract.defvjp(_forward, _backward)
 
 
+def rows_times(spec: str, x: Float[Array, "T D"], kernel: Array) -> Float[Array, "T F"]:
+    """`contract` of rows and a kernel, which is cast to their dtype first.
+
+    A single bfloat16 row is doubled: XLA's CPU back end takes eight times as long for one as for
+    two (134 against 16 ms for 60 kernels [576, 1536] on 2 cores with AVX-512, jax 0.10.2).
+    """
+    kernel = kernel.astype(x.dtype)
+    if x.shape[0] > 1 or x.dtype != jnp.bfloat16:
+        return contract(spec, x, kernel)
+    return contract(spec, jnp.concatenate([x, x]), kernel)[:1]
+
+
 def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
     """`x @ kernel` in the dtype of `x`; the kernel is cast to it first."""
     flat = x.reshape(-1, x.shape[-1])
-    y = contract("td,df->tf", flat, kernel.astype(x.dtype)).astype(x.dtype)
+    y = rows_times("td,df->tf", flat, kernel).astype(x.dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[1])

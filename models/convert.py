@@ -3,7 +3,9 @@
 import contextlib
 import json
 import math
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,13 +47,13 @@ def convert(
     """
     weights = source.weights
     _check_space(target, num_bytes(weights, dtype))
-    with staged(target, overwrite=overwrite) as partial:
+    with staged(target, overwrite=overwrite) as new:
         try:
-            _write_companions(source, partial, dtype)
+            _write_companions(source, new, dtype)
             if source.kind == "orbax":
-                hf.write(weights, source.config, partial, dtype=dtype, progress=progress)
+                hf.write(weights, source.config, new, dtype=dtype, progress=progress)
             else:
-                orbax_directory.write(weights, partial, dtype=dtype, progress=progress)
+                orbax_directory.write(weights, new, dtype=dtype, progress=progress)
         except OSError as error:
             raise OSError(f"{target}: cannot be written ({error.strerror or error})") from None
     return "a Hugging Face directory" if source.kind == "orbax" else "an Orbax directory"
@@ -60,9 +62,9 @@ def convert(
 def export(source: Source, weights: Weights, target: Path) -> None:
     """Write a Hugging Face directory of `source` with other weights, in their own dtype."""
     (dtype,) = {str(array.dtype) for array in weights.arrays.values()}
-    with staged(target, overwrite=True) as partial:
-        _write_companions(source, partial, dtype)
-        hf.write(weights, source.config, partial)
+    with staged(target, overwrite=True) as new:
+        _write_companions(source, new, dtype)
+        hf.write(weights, source.config, new)
 
 
 def num_bytes(weights: Weights, dtype: str | None = None) -> int:
@@ -75,25 +77,35 @@ def num_bytes(weights: Weights, dtype: str | None = None) -> int:
 def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new directory that becomes `target` when the block ends well, and vanishes otherwise.
 
+    It lies in a private one beside `target`, `.NAME.RANDOM`, into which an old target moves before
+    it is removed. Where a kill between the two renames, or a disk that takes neither, leaves no
+    `target`, both stay there.
+
     Raises:
         ValueError: `target` exists, and is not to be replaced or is not a model's directory.
     """
+    _check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    private = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    new, old = private / "new", private / "old"
+    new.mkdir()
+    try:
+        yield new
+        _check_target(target, overwrite)  # again: another program may have been faster
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        if os.path.lexists(old) and not os.path.lexists(target):
+            old.rename(target)
+        shutil.rmtree(private, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
     if target.exists() and not overwrite:
         raise ValueError(f"{target}: exists; give another target, or --overwrite to replace it")
     if target.exists() and not (target / "config.json").is_file():
         raise ValueError(f"{target}: not a model's directory; --overwrite does not replace it")
-    partial, old = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "old"))
-    for left_over in (partial, old):
-        shutil.rmtree(left_over, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -120,5 +132,12 @@ def _write_companions(source: Source, directory: Path, dtype: str | None) -> Non
         return
     for pattern in _COMPANIONS:
         for file in source.directory.glob(pattern):
-            if file.name not in _NOT_COPIED:
-                shutil.copyfile(file, directory / file.name)
+            if file.name not in _NOT_COPIED and not file.is_dir():
+                (directory / file.name).write_bytes(_read(file))
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None

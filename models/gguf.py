@@ -1,4 +1,4 @@
-"""GGUF files: config, weights dequantised tensor by tensor, and tokenizer, through `gguf`.
+"""GGUF files: config, weights dequantised some rows at a time, and tokenizer, through `gguf`.
 
 llama.cpp permutes the rows of q and k of LLaMA-shaped models so that rotary pairs stand next to
 each other; Hugging Face and this project rotate halves, so the permutation is undone on reading.
@@ -6,30 +6,31 @@ each other; Hugging Face and this project rotate halves, so the permutation is u
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import gguf
 import jax
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from refine_af.models import rotary
-from refine_af.models.config import Llama3Rope, ModelConfig
+from refine_af.models.config import LinearRope, Llama3Rope, ModelConfig
 from refine_af.models.hf import tensors
 from refine_af.models.registry import FAMILIES
-from refine_af.models.weights import Index, Weights, expected_shapes, refuse
+from refine_af.models.weights import Index, Shape, Weights, expected_shapes, refuse
+
+T = TypeVar("T")
 
 _FAMILIES = {family.gguf: family for family in FAMILIES.values() if family.gguf is not None}
 # llama.cpp stores LLaMA-3's scaling as the factor by which each frequency is divided.
 _ROPE_FACTORS = "rope_freqs.weight"
-_ROPE_SCALINGS = [
-    Llama3Rope(factor=f, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
-    for f in (8.0, 32.0)
-]
-_DIGITS_APART = "smollm"  # pre-tokenizer: single digits, then ByteLevel
-_CONTROL_TOKEN = 3  # gguf.TokenType.CONTROL
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_PLAIN = ("F32", "F16")
+_CHUNK = 1 << 22  # numbers dequantised at a time, unless a single row has more
+_TOKENIZER = "tokenizer.ggml."
+_SPACE = "\u2581"  # how SentencePiece writes it
 
 
 def open_file(path: Path) -> gguf.GGUFReader:
@@ -41,8 +42,11 @@ def open_file(path: Path) -> gguf.GGUFReader:
     try:
         reader = gguf.GGUFReader(path)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path}: not a readable GGUF file ({error})") from None
-    architecture = _field(reader, "general.architecture")
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a readable GGUF file ({reason})") from None
+    if reader.byte_order != "I":
+        raise ValueError(f"{path}: a GGUF file of the other byte order is not supported")
+    architecture = _field(reader, "general.architecture", str)
     if architecture not in _FAMILIES:
         raise ValueError(
             f"{path}: architecture {architecture!r} is not supported; "
@@ -52,62 +56,90 @@ def open_file(path: Path) -> gguf.GGUFReader:
 
 
 def read_config(reader: gguf.GGUFReader, *, dtype: str, param_dtype: str) -> ModelConfig:
-    """Model config from the file's metadata.
+    """Model config from the file's metadata; what is absent has llama.cpp's default.
 
     Raises:
         ValueError: a field is missing, or an option is not supported.
     """
-    name = _field(reader, "general.architecture")
-    _refuse_options(reader, name)
-    heads = _field(reader, f"{name}.attention.head_count")
-    embed_dim = _field(reader, f"{name}.embedding_length")
-    head_dim = _optional(reader, f"{name}.attention.key_length", embed_dim // heads)
-    theta = float(_field(reader, f"{name}.rope.freq_base"))
+    name = _field(reader, "general.architecture", str)
+    for option in ("expert_count", "attention.sliding_window"):
+        if value := _field(reader, f"{name}.{option}", int, 0):
+            raise ValueError(f"{_where(reader)}: {option}={value} is not supported")
+    heads = _field(reader, f"{name}.attention.head_count", int)
+    embed_dim = _field(reader, f"{name}.embedding_length", int)
+    head_dim = _field(reader, f"{name}.attention.key_length", int, embed_dim // max(heads, 1))
+    theta = _field(reader, f"{name}.rope.freq_base", float, 1e4)
     shapes = _shapes(reader)
-    # Padded vocabularies have more rows than the tokenizer has tokens.
-    vocabulary = shapes.get("token_embd.weight", (len(_field(reader, _TOKENS)),))
     return ModelConfig(
         family=_FAMILIES[name].model_type,
-        vocab_size=vocabulary[0],
+        # Of the tensors: padded vocabularies have more rows than the tokenizer has tokens. Where
+        # both are missing, `GgufWeights` says so.
+        vocab_size=shapes.get(_EMBEDDING, shapes.get(_HEAD, (1,)))[0],
         embed_dim=embed_dim,
-        hidden_dim=_field(reader, f"{name}.feed_forward_length"),
-        num_layers=_field(reader, f"{name}.block_count"),
+        hidden_dim=_field(reader, f"{name}.feed_forward_length", int),
+        num_layers=_field(reader, f"{name}.block_count", int),
         num_heads=heads,
-        num_kv_heads=_optional(reader, f"{name}.attention.head_count_kv", heads),
+        num_kv_heads=_field(reader, f"{name}.attention.head_count_kv", int, heads),
         head_dim=head_dim,
-        max_positions=_field(reader, f"{name}.context_length"),
+        max_positions=_field(reader, f"{name}.context_length", int),
         rope_theta=theta,
-        rope_scaling=_rope_scaling(reader, head_dim, theta),
-        # Stored as float32; seven digits give back the value that was written.
-        norm_eps=float(f"{_field(reader, f'{name}.attention.layer_norm_rms_epsilon'):.6g}"),
-        tie_embeddings="output.weight" not in shapes,
+        rope_scaling=_rope_scaling(reader, name, head_dim, theta),
+        norm_eps=_as_written(_field(reader, f"{name}.attention.layer_norm_rms_epsilon", float)),
+        tie_embeddings=_HEAD not in shapes,
         **_FAMILIES[name].structure,
         dtype=dtype,
         param_dtype=param_dtype,
     )
 
 
-def _refuse_options(reader: gguf.GGUFReader, name: str) -> None:
-    scaling = _optional(reader, f"{name}.rope.scaling.type", "none")
-    if scaling != "none":
-        raise ValueError(f"GGUF file: rope scaling {scaling!r} is not supported")
-    for option in ("expert_count", "attention.sliding_window"):
-        value = _optional(reader, f"{name}.{option}", 0)
-        if value:
-            raise ValueError(f"GGUF file: {option}={value} is not supported")
+def _as_written(value: float) -> float:
+    """Six digits of a float32 give back the decimal number that it was rounded from."""
+    return float(f"{value:.6g}")
 
 
-def _rope_scaling(reader: gguf.GGUFReader, head_dim: int, theta: float) -> Llama3Rope | None:
-    """Scaling whose factors the file holds."""
+def _rope_scaling(
+    reader: gguf.GGUFReader, name: str, head_dim: int, theta: float
+) -> LinearRope | Llama3Rope | None:
+    rotated = _field(reader, f"{name}.rope.dimension_count", int, head_dim)
+    if rotated != head_dim:
+        raise ValueError(
+            f"{_where(reader)}: rope.dimension_count={rotated} is not supported; "
+            f"expected the whole head, {head_dim}"
+        )
+    kind = _field(reader, f"{name}.rope.scaling.type", str, "linear")
+    if kind not in ("none", "linear"):
+        raise ValueError(
+            f"{_where(reader)}: rope scaling {kind!r} is not supported; expected none or linear"
+        )
+    older = _field(reader, f"{name}.rope.scale_linear", float, 0.0)
+    factor = _as_written(_field(reader, f"{name}.rope.scaling.factor", float, older))
+    linear = LinearRope(factor) if kind == "linear" and factor not in (0.0, 1.0) else None
     stored = [tensor for tensor in reader.tensors if tensor.name == _ROPE_FACTORS]
     if not stored:
-        return None
-    plain = rotary.frequencies(head_dim, theta, None)
-    for scaling in _ROPE_SCALINGS:
-        factors = plain / rotary.frequencies(head_dim, theta, scaling)
-        if np.allclose(stored[0].data, factors, rtol=1e-4):
-            return scaling
-    raise ValueError(f"GGUF file: the scaling of positions in {_ROPE_FACTORS} is not supported")
+        return linear
+    if linear is not None:
+        raise ValueError(f"{_where(reader)}: {_ROPE_FACTORS} and linear scaling exclude each other")
+    return _llama3_rope(stored[0], head_dim, theta, _where(reader))
+
+
+def _llama3_rope(stored: gguf.ReaderTensor, head_dim: int, theta: float, where: str) -> Llama3Rope:
+    """LLaMA-3's scaling whose factors are stored; the slowest frequency has it in full."""
+    kind, shape = stored.tensor_type.name, tuple(stored.shape.tolist())
+    if (kind, shape) != ("F32", (head_dim // 2,)):
+        raise ValueError(
+            f"{where}: {_ROPE_FACTORS} is {kind} of shape {shape}, expected F32 of shape "
+            f"{(head_dim // 2,)}"
+        )
+    scaling = Llama3Rope(
+        factor=_as_written(float(stored.data.max())),
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_positions=8192,
+    )
+    plain, scaled = (rotary.frequencies(head_dim, theta, s) for s in (None, scaling))
+    if not np.allclose(stored.data, plain / scaled, rtol=1e-4):
+        raise ValueError(f"{where}: {_ROPE_FACTORS} does not hold the scaling of LLaMA-3")
+    return scaling
 
 
 class GgufWeights(Weights):
@@ -123,7 +155,10 @@ class GgufWeights(Weights):
         assert family.gguf is not None
         architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
         names = gguf.get_tensor_name_map(architecture, config.num_layers)
-        self._config = config
+        self._path = _where(reader)
+        heads = {".q_proj.": config.num_heads, ".k_proj.": config.num_kv_heads}
+        self._permuted = heads if family.gguf_permutes else {}
+        self._shapes = expected_shapes(config)
         self._table = tensors(config)
         self._names = {
             key: f"{names.get_name(key.rpartition('.')[0])}.{key.rpartition('.')[2]}"
@@ -135,7 +170,7 @@ class GgufWeights(Weights):
         for key, tensor in self._table.items():
             self._keys.setdefault(tensor.path, []).append(key)
 
-    def _check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def _check(self, shapes: Mapping[str, Shape]) -> None:
         wanted = {self._names[key]: tensor.shape for key, tensor in self._table.items()}
         faults = [f"missing {name}" for name in wanted if name not in shapes]
         surplus = shapes.keys() - wanted.keys() - {_ROPE_FACTORS}
@@ -143,102 +178,240 @@ class GgufWeights(Weights):
         for name, shape in wanted.items():
             if shapes.get(name, shape) != shape:
                 faults.append(f"{name} has shape {shapes[name]}, expected {shape}")
-        for name in wanted.keys() & self._stored.keys():
-            kind = self._stored[name].tensor_type
-            if kind.name not in _PLAIN and not hasattr(gguf.quants, kind.name):
-                faults.append(f"{name} is of type {kind.name}, which gguf does not dequantise")
-        refuse(faults, "GGUF file")
+        kinds = {name: self._stored[name].tensor_type.name for name in wanted if name in shapes}
+        for name, kind in kinds.items():
+            if kind not in _PLAIN and not hasattr(gguf.quants, kind):
+                faults.append(f"{name} is of type {kind}, which gguf does not dequantise")
+        refuse(faults, self._path)
 
     @property
     def arrays(self) -> Mapping[str, jax.ShapeDtypeStruct]:
         """All in float32."""
-        shapes = expected_shapes(self._config).items()
+        shapes = self._shapes.items()
         return {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in shapes}
 
     def read(self, path: str, index: Index) -> np.ndarray:
-        """Part of an array; whole tensors are dequantised for it, one at a time."""
+        """Part of an array; no more is dequantised than the blocks and heads in which it lies."""
+        sizes = zip(self._shapes[path], index, strict=True)
+        part = np.empty([len(range(size)[cut]) for size, cut in sizes], np.float32)
         keys = self._keys[path]
         if self._table[keys[0]].layer is None:
-            return self._read_tensor(keys[0])[index]
-        first, *rest = index
-        return np.stack([self._read_tensor(key)[tuple(rest)] for key in keys[first]])
+            self._fill(part, keys[0], index)
+        else:
+            for layer, key in zip(part, keys[index[0]], strict=True):
+                self._fill(layer, key, index[1:])
+        return part
 
-    def _read_tensor(self, key: str) -> np.ndarray:
-        tensor, stored = self._table[key], self._stored[self._names[key]]
-        array = gguf.quants.dequantize(stored.data, stored.tensor_type).astype(np.float32)
-        if FAMILIES[self._config.family].gguf_permutes:
-            if ".q_proj." in key:
-                array = _unpermute(array, self._config.num_heads)
-            if ".k_proj." in key:
-                array = _unpermute(array, self._config.num_kv_heads)
-        return array.T if tensor.transposed else array
+    def _fill(self, part: np.ndarray, key: str, index: Index) -> None:
+        """Write a part of a tensor of theirs into an array of our layout."""
+        shape = self._table[key].shape
+        if self._table[key].transposed:
+            part, index = part.T, index[::-1]
+        if len(shape) == 1:  # a vector is one row
+            part, index, shape = part[None], (slice(1), *index), (1, *shape)
+        height, width = shape
+        rows = np.arange(height)
+        for name, num_heads in self._permuted.items():
+            rows = _unpermute(rows, num_heads) if name in key else rows
+        rows, columns = rows[index[0]], range(width)[index[1]]
+        step = max(_CHUNK // width, 1)
+        for start in range(0, len(rows), step):
+            some = rows[start : start + step]
+            first = int(some.min())
+            values = self._dequantise(key, range(first, int(some.max()) + 1), columns)
+            part[start : start + step] = values[some - first]
+
+    def _dequantise(self, key: str, rows: range, columns: range) -> np.ndarray:
+        stored = self._stored[self._names[key]]
+        block, size = gguf.GGML_QUANT_SIZES[stored.tensor_type]
+        row_bytes = self._table[key].shape[-1] // block * size
+        # Not through the reader's map: pages that were touched would count as our memory.
+        offset = stored.data_offset + rows.start * row_bytes
+        data = np.fromfile(self._path, np.uint8, len(rows) * row_bytes, offset=offset)
+        if len(data) != len(rows) * row_bytes:
+            raise ValueError(f"{self._path}: ends within {stored.name}; it has changed")
+        first, last = columns.start // block, -(-columns.stop // block)
+        blocks = data.reshape(len(rows), row_bytes)[:, first * size : last * size]
+        values = gguf.quants.dequantize(blocks, stored.tensor_type)
+        start = first * block
+        return values[:, columns.start - start : columns.stop - start : columns.step]
 
 
-_PLAIN = ("F32", "F16")
-_TOKENS = "tokenizer.ggml.tokens"
-
-
-def _shapes(reader: gguf.GGUFReader) -> dict[str, tuple[int, ...]]:
-    return {t.name: tuple(int(n) for n in t.shape[::-1]) for t in reader.tensors}
+def _shapes(reader: gguf.GGUFReader) -> dict[str, Shape]:
+    return {tensor.name: tuple(tensor.shape.tolist()[::-1]) for tensor in reader.tensors}
 
 
 def _unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """[N*H, D] with pairs (2i, 2i+1) together -> halves (i, i + H/2)."""
-    out, width = rows.shape
-    pairs = rows.reshape(num_heads, out // num_heads // 2, 2, width)
-    return pairs.swapaxes(1, 2).reshape(out, width)
+    """[N*H, ...] with pairs (2i, 2i+1) together -> halves (i, i + H/2)."""
+    pairs = rows.reshape(num_heads, len(rows) // num_heads // 2, 2, *rows.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(rows.shape)
 
 
 def end_ids(reader: gguf.GGUFReader) -> tuple[int, ...]:
     """Id of the token that ends a text."""
-    end = _optional(reader, "tokenizer.ggml.eos_token_id", None)
-    return () if end is None else (int(end),)
+    end = _field(reader, f"{_TOKENIZER}eos_token_id", int, -1)
+    return () if end < 0 else (end,)
 
 
-def read_tokenizer(reader: gguf.GGUFReader, path: Path) -> PreTrainedTokenizerBase | None:
-    """Tokenizer of the file; None where transformers cannot make one of it."""
-    if _optional(reader, "tokenizer.ggml.pre", None) == _DIGITS_APART:
-        return _digits_apart(reader)
-    try:
-        return AutoTokenizer.from_pretrained(path.absolute().parent, gguf_file=path.name)
-    except Exception:  # of many kinds: unknown tokenizers, missing fields
+class _Words(NamedTuple):
+    """How byte-level BPE cuts a text into words before it merges."""
+
+    split: pre_tokenizers.PreTokenizer
+    gpt2: bool = False  # then cut as GPT-2 does
+    nfc: bool = False  # normalise first
+    ignore_merges: bool = False  # a word that is a token is not merged from its bytes
+    add_bos: bool = False  # where the file does not say
+
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _Words(
+    pre_tokenizers.Split(Regex(_LLAMA3.replace("{1,3}", "")), behavior="isolated"), nfc=True
+)
+# By tokenizer.ggml.pre; each as in the tokenizer.json of the model that llama.cpp named it after.
+_WORDS = {
+    "smollm": _Words(pre_tokenizers.Digits(individual_digits=True), gpt2=True),
+    "llama-bpe": _Words(
+        pre_tokenizers.Split(Regex(_LLAMA3), behavior="isolated"), ignore_merges=True, add_bos=True
+    ),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+
+
+def read_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerBase | None:
+    """Tokenizer of the file; None where it has none.
+
+    Raises:
+        ValueError: it is of a kind that is not supported, or damaged.
+    """
+    if f"{_TOKENIZER}tokens" not in reader.fields:
         return None
+    kind = _field(reader, f"{_TOKENIZER}model", str, "")
+    words = _field(reader, f"{_TOKENIZER}pre", str, "")
+    if kind != "llama" and (kind != "gpt2" or words not in _WORDS):
+        raise ValueError(
+            f"{_where(reader)}: tokenizer {kind!r} with pre-tokenizer {words!r} is not supported; "
+            f"expected 'llama', or 'gpt2' with one of {sorted(_WORDS)}"
+        )
+    try:
+        return _tokenizer(reader, None if kind == "llama" else _WORDS[words])
+    except Exception as error:  # of many kinds, all of them about the file
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{_where(reader)}: the tokenizer cannot be read ({reason})") from None
 
 
-def _digits_apart(reader: gguf.GGUFReader) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with single digits, which transformers does not read from a GGUF file."""
-    tokens: list[str] = _field(reader, _TOKENS)
-    types: list[int] = _field(reader, "tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in _field(reader, "tokenizer.ggml.merges")]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [t for t, kind in zip(tokens, types, strict=True) if kind == _CONTROL_TOKEN]
+def _tokenizer(reader: gguf.GGUFReader, words: _Words | None) -> PreTrainedTokenizerFast:
+    """SentencePiece's where it is not byte-level."""
+    tokens = _field(reader, f"{_TOKENIZER}tokens", list)
+    normal = [gguf.TokenType.NORMAL] * len(tokens)
+    types = _field(reader, f"{_TOKENIZER}token_type", list, normal)
+    by_type: dict[int, list[str]] = {kind: [] for kind in gguf.TokenType}
+    for token, kind in zip(tokens, types, strict=True):
+        by_type[kind].append(token)
+    named = _named(reader, tokens)
+    if words is None:
+        usable = set(by_type[gguf.TokenType.NORMAL])
+        tokenizer = _sentencepiece(reader, tokens, usable, named.get("unk_token"))
+    else:
+        tokenizer = _byte_level(reader, tokens, words)
+    for kind in (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED):
+        special = kind == gguf.TokenType.CONTROL
+        added = [AddedToken(t, special=special, normalized=False) for t in by_type[kind]]
+        tokenizer.add_tokens(added)
+    single = ["$A"]
+    if _adds(reader, "bos", words is None or words.add_bos) and "bos_token" in named:
+        single.insert(0, named["bos_token"])
+    if _adds(reader, "eos", False) and "eos_token" in named:
+        single.append(named["eos_token"])
+    ends = [(token, tokens.index(token)) for token in single if token != "$A"]
+    if ends:
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=ends)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token=tokens[_field(reader, "tokenizer.ggml.bos_token_id")],
-        eos_token=tokens[_field(reader, "tokenizer.ggml.eos_token_id")],
-        unk_token=tokens[_field(reader, "tokenizer.ggml.unknown_token_id")],
-        pad_token=tokens[_field(reader, "tokenizer.ggml.unknown_token_id")],
-        additional_special_tokens=special,
-        chat_template=_field(reader, "tokenizer.chat_template"),
+        **named,
+        chat_template=_field(reader, "tokenizer.chat_template", str, "") or None,
         clean_up_tokenization_spaces=False,
     )
 
 
-def _field(reader: gguf.GGUFReader, name: str) -> Any:
+def _adds(reader: gguf.GGUFReader, end: str, default: bool) -> bool:
+    return _field(reader, f"{_TOKENIZER}add_{end}_token", bool, default)
+
+
+def _named(reader: gguf.GGUFReader, tokens: list[str]) -> dict[str, str]:
+    """Tokens that have a role, by transformers' name of it."""
+    theirs = {
+        "bos_token": "bos",
+        "eos_token": "eos",
+        "unk_token": "unknown",
+        "pad_token": "padding",
+    }
+    ids = {role: _field(reader, f"{_TOKENIZER}{t}_token_id", int, -1) for role, t in theirs.items()}
+    return {role: tokens[i] for role, i in ids.items() if i >= 0}
+
+
+def _byte_level(reader: gguf.GGUFReader, tokens: list[str], words: _Words) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    merges = [tuple(pair.split(" ")) for pair in _field(reader, f"{_TOKENIZER}merges", list)]
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=words.ignore_merges))
+    if words.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words.split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words.gpt2)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(
+    reader: gguf.GGUFReader, tokens: list[str], usable: set[str], unknown: str | None
+) -> tokenizers.Tokenizer:
+    """Any two neighbours that make a token are merged, best score first."""
+    scores = dict(zip(tokens, _field(reader, f"{_TOKENIZER}scores", list), strict=True))
+    merges = [
+        (token[:i], token[i:])
+        for token in usable
+        for i in range(1, len(token))
+        if token[:i] in usable and token[i:] in usable
+    ]
+    merges.sort(key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0]), pair))
+    vocab = {token: i for i, token in enumerate(tokens)}
+    model = models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = tokenizers.Tokenizer(model)
+    prefix = _field(reader, f"{_TOKENIZER}add_space_prefix", bool, True)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(_SPACE)] * prefix + [normalizers.Replace(" ", _SPACE)]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        + [decoders.Strip(" ", 1, 0)] * prefix
+    )
+    return tokenizer
+
+
+def _where(reader: gguf.GGUFReader) -> str:
+    return str(reader.data.filename)
+
+
+def _field(reader: gguf.GGUFReader, name: str, kind: type[T], default: T | None = None) -> T:
+    """Value of a metadata field, or the default where there is none.
+
+    Raises:
+        ValueError: there is neither, or the value is not of this kind.
+    """
     field = reader.fields.get(name)
     if field is None:
-        raise ValueError(f"GGUF file has no field {name!r}")
-    return field.contents()
-
-
-def _optional(reader: gguf.GGUFReader, name: str, default: Any) -> Any:
-    field = reader.fields.get(name)
-    return default if field is None else field.contents()
+        if default is None:
+            raise ValueError(f"{_where(reader)}: no field {name!r}")
+        return default
+    try:
+        value: Any = field.contents()
+    except (ValueError, IndexError):  # not UTF-8, or cut off
+        value = None
+    if not isinstance(value, kind):
+        found = type(value).__name__
+        raise ValueError(f"{_where(reader)}: field {name!r} is {found}, expected {kind.__name__}")
+    return value

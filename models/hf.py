@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from refine_af.models.config import ModelConfig
 from refine_af.models.hf_config import read_json
 from refine_af.models.registry import FAMILIES
-from refine_af.models.weights import Index, Shape, Weights, expected_shapes, refuse
+from refine_af.models.weights import Index, Shape, Weights, expected_shapes, misfits, refuse
 
 # Buffers that old checkpoints carry and that are recomputed here.
 _DROPPED_SUFFIXES = ("rotary_emb.inv_freq",)
@@ -29,9 +29,9 @@ _DROPPED_SUFFIXES = ("rotary_emb.inv_freq",)
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _SHARD_BYTES = 5_000_000_000  # largest file, unless a single tensor is larger
-INDEX = "model.safetensors.index.json"
+_WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-Progress = Callable[[int], None]  # called with the number of bytes that are done
+Progress = Callable[[int], object]  # called with the number of bytes that are done
 
 
 class Tensor(NamedTuple):
@@ -42,7 +42,7 @@ class Tensor(NamedTuple):
     transposed: bool
     shape: Shape  # theirs
 
-    def index(self) -> Index:
+    def slices(self) -> Index:
         """Where it stands in our array."""
         rest = (slice(None),) * len(self.shape)
         return rest if self.layer is None else (slice(self.layer, self.layer + 1), *rest)
@@ -63,24 +63,27 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
 
 
 class HfWeights(Weights):
-    """`*.safetensors` of a directory, or those that its index names.
+    """Those `*.safetensors` of a directory that its index names, or else model.safetensors, or all.
 
     Raises:
-        ValueError: a file cannot be read; or tensors are missing, unexpected, misshapen or not of
-            a supported dtype, all of which are listed.
+        ValueError: a file cannot be read; or tensors are missing, unexpected, in two files,
+            misshapen or not of a supported dtype, all of which are listed.
     """
 
     def __init__(self, directory: Path, config: ModelConfig) -> None:
         self._owner: dict[str, Path] = {}
         found: dict[str, tuple[Shape, str]] = {}
+        faults: list[str] = []
         for file in _weight_files(directory):
             with _open(file) as handle:
                 for key in handle.keys():  # noqa: SIM118 - not a dictionary
+                    if key in found:
+                        faults.append(f"{key} is in {self._owner[key].name} and {file.name}")
                     part = handle.get_slice(key)
                     found[key] = tuple(part.get_shape()), part.get_dtype()
                     self._owner[key] = file
         table = tensors(config)
-        _check(found, table, config.tie_embeddings, str(directory))
+        refuse(faults + _misfits(found, table, config.tie_embeddings), str(directory))
         self._keys: dict[str, list[str]] = {}
         for key, tensor in table.items():
             self._keys.setdefault(tensor.path, []).append(key)
@@ -102,10 +105,13 @@ class HfWeights(Weights):
         """Slices of one tensor, or of one a layer."""
         keys, dtype = self._keys[path], self._arrays[path].dtype
         if self._table[keys[0]].layer is None:
-            return self._read_tensor(keys[0], index).astype(dtype)
+            return self._read_tensor(keys[0], index).astype(dtype, copy=False)
         first, *rest = index
-        layers = [self._read_tensor(key, tuple(rest)) for key in keys[first]]
-        return np.stack(layers).astype(dtype, copy=False)
+        parts = zip(index, self._arrays[path].shape, strict=True)
+        array = np.empty([len(range(*part.indices(n))) for part, n in parts], dtype)
+        for row, key in zip(array, keys[first], strict=True):
+            row[...] = self._read_tensor(key, tuple(rest))
+        return array
 
     def _read_tensor(self, key: str, index: Index) -> np.ndarray:
         # Opened for each tensor: pages of a file that stays mapped would count as our memory.
@@ -116,13 +122,15 @@ class HfWeights(Weights):
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """Files that the index names, or all where there is none."""
+    """Files that the index names; without one the whole model's, or all where there is none."""
     index = directory / INDEX
     if index.exists():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
             raise ValueError(f"{index}: expected a 'weight_map' of tensors to files")
         return sorted({directory / Path(name).name for name in names.values()})
+    if (directory / _WHOLE).exists():
+        return [directory / _WHOLE]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{directory}: no *.safetensors file; expected a Hugging Face directory")
@@ -138,20 +146,25 @@ def _open(file: Path) -> Iterator[Any]:
         raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
 
 
-def _check(
-    found: Mapping[str, tuple[Shape, str]], table: Mapping[str, Tensor], tied: bool, where: str
-) -> None:
-    known = table.keys() | ({"lm_head.weight"} if tied else set())
-    surplus = [key for key in found if key not in known and not key.endswith(_DROPPED_SUFFIXES)]
-    faults = [f"missing {key}" for key in table if key not in found]
-    faults += [f"unexpected {key}" for key in sorted(surplus)]
-    for key, tensor in table.items():
-        shape, dtype = found.get(key, (tensor.shape, "F32"))
-        if shape != tensor.shape:
-            faults.append(f"{key} has shape {shape}, expected {tensor.shape}")
-        if dtype not in _DTYPES:
-            faults.append(f"{key} has dtype {dtype}, expected one of {', '.join(_DTYPES)}")
-    refuse(faults, where)
+def _misfits(
+    found: Mapping[str, tuple[Shape, str]], table: Mapping[str, Tensor], tied: bool
+) -> list[str]:
+    read = {
+        key: header
+        for key, header in found.items()
+        if not key.endswith(_DROPPED_SUFFIXES) and not (tied and key == "lm_head.weight")
+    }
+    return [
+        *misfits(
+            {key: shape for key, (shape, _) in read.items()},
+            {key: tensor.shape for key, tensor in table.items()},
+        ),
+        *(
+            f"{key} has dtype {dtype}, expected one of {', '.join(_DTYPES)}"
+            for key, (_, dtype) in read.items()
+            if key in table and dtype not in _DTYPES
+        ),
+    ]
 
 
 def write(
@@ -183,7 +196,7 @@ def write(
 
     def tensor_of(key: str) -> np.ndarray:
         tensor = table[key]
-        array = weights.read(tensor.path, tensor.index()).reshape(
+        array = weights.read(tensor.path, tensor.slices()).reshape(
             tensor.shape[::-1] if tensor.transposed else tensor.shape
         )
         return (array.T if tensor.transposed else array).astype(stored(tensor), copy=False)

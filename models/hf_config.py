@@ -6,6 +6,7 @@ the spellings of older releases. What they have understood is then translated, o
 
 import copy
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def read_json(path: Path) -> Raw:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: not found; expected a Hugging Face model directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: expected a JSON object")
@@ -58,10 +59,12 @@ def parse(raw: Raw, where: str, *, dtype: str, param_dtype: str) -> ModelConfig:
     Raises:
         ValueError: the architecture, or an option that would change the numbers, is not supported.
     """
-    family = FAMILIES.get(raw.get("model_type", ""))
+    name = raw.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
+        note = " (with a text_config; only text models are read)" if "text_config" in raw else ""
         raise ValueError(
-            f"{where}: model_type={raw.get('model_type')!r} is not supported; "
+            f"{where}: model_type={name!r} is not supported{note}; "
             f"expected one of {sorted(FAMILIES)}"
         )
     absent = sorted(key for key in _REQUIRED if key not in raw)
@@ -77,13 +80,13 @@ def parse(raw: Raw, where: str, *, dtype: str, param_dtype: str) -> ModelConfig:
             **{ours: getattr(theirs, key) for key, ours in numbers.items()},
             num_kv_heads=theirs.num_key_value_heads or heads,
             head_dim=getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
-            **_positions(theirs, where),
-            **_windows(theirs, where),
+            **_positions(theirs),
+            **_windows(theirs),
             **family.structure,
             dtype=dtype,
             param_dtype=param_dtype,
         )
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from None
 
 
@@ -106,49 +109,54 @@ def _refuse_options(raw: Raw, theirs: PreTrainedConfig, family: Family, where: s
         raise ValueError(f"{where}: not supported: {named}")
 
 
-def _positions(theirs: PreTrainedConfig, where: str) -> dict[str, Any]:
+def _positions(theirs: PreTrainedConfig) -> dict[str, Any]:
     """Rotary base and scaling, those of layers with a window apart where they differ."""
     rope = theirs.rope_parameters
     if _GLOBAL not in rope:
-        theta, scaling = _rope(rope, where)
+        theta, scaling = _rope(rope)
         return {"rope_theta": theta, "rope_scaling": scaling}
-    theta, scaling = _rope(rope[_GLOBAL], where)
-    local_theta, local_scaling = _rope(rope[_LOCAL], where)
+    theta, scaling = _rope(rope[_GLOBAL])
+    local_theta, local_scaling = _rope(rope[_LOCAL])
     if local_scaling is not None:
-        raise ValueError(f"{where}: scaled positions in layers with a window are not supported")
+        raise ValueError("scaled positions in layers with a window are not supported")
     return {"rope_theta": theta, "rope_scaling": scaling, "local_rope_theta": local_theta}
 
 
-def _rope(parameters: Raw, where: str) -> tuple[float, LinearRope | Llama3Rope | None]:
-    kind, theta = parameters["rope_type"], float(parameters["rope_theta"])
+def _rope(parameters: Raw) -> tuple[float, LinearRope | Llama3Rope | None]:
+    kind = parameters["rope_type"]
+
+    def number(name: str) -> float:
+        value: Any = parameters.get(name)
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise ValueError(f"rope type {kind!r}: {name}={value!r}: expected a number")
+        return float(value)
+
+    theta = number("rope_theta")
+    if theta <= 0:
+        raise ValueError(f"rope_theta={theta}: expected a number above 0")
     if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{where}: partial_rotary_factor is not supported")
-    try:
-        if kind == "default":
-            return theta, None
-        if kind == "linear":
-            return theta, LinearRope(float(parameters["factor"]))
-        if kind == "llama3":
-            return theta, Llama3Rope(
-                factor=float(parameters["factor"]),
-                low_freq_factor=float(parameters["low_freq_factor"]),
-                high_freq_factor=float(parameters["high_freq_factor"]),
-                original_positions=int(parameters["original_max_position_embeddings"]),
-            )
-    except KeyError as error:
-        raise ValueError(f"{where}: rope type {kind!r} lacks {error}") from None
-    raise ValueError(
-        f"{where}: rope type {kind!r} is not supported; expected default, linear or llama3"
-    )
+        raise ValueError("partial_rotary_factor is not supported")
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, LinearRope(number("factor"))
+    if kind == "llama3":
+        return theta, Llama3Rope(
+            factor=number("factor"),
+            low_freq_factor=number("low_freq_factor"),
+            high_freq_factor=number("high_freq_factor"),
+            original_positions=int(number("original_max_position_embeddings")),
+        )
+    raise ValueError(f"rope type {kind!r} is not supported; expected default, linear or llama3")
 
 
-def _windows(theirs: PreTrainedConfig, where: str) -> dict[str, Any]:
+def _windows(theirs: PreTrainedConfig) -> dict[str, Any]:
     """Sliding window, and the layers without."""
     window = getattr(theirs, "sliding_window", None)
     types = getattr(theirs, "layer_types", None) or [_LOCAL] * theirs.num_hidden_layers
     unknown = set(types) - {_LOCAL, _GLOBAL}
     if unknown:
-        raise ValueError(f"{where}: layer types {sorted(unknown)} are not supported")
+        raise ValueError(f"layer types {sorted(unknown)} are not supported")
     if window is None or _LOCAL not in types:
         return {}
     return {

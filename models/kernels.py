@@ -26,13 +26,13 @@ class Kernel(Protocol):
         query: Float[Array, "B N T H"],
         keys: Float[Array, "B K T H"],
         values: Float[Array, "B K T H"],
-        start: Int[Array, "B"],
+        start: Int[Array, "B 1|T"],
         *,
         window: int | None,
         scale: float,
         softcap: float | None,
     ) -> Float[Array, "B N T H"]:
-        """Causal, columns before `start` hidden, and those `window` or more back."""
+        """Causal; columns before a query's `start` are hidden, and those `window` or more back."""
 
 
 def obstacle(name: str, config: ModelConfig, length: int) -> str | None:
@@ -44,6 +44,8 @@ def obstacle(name: str, config: ModelConfig, length: int) -> str | None:
             return "cuDNN has no soft cap of scores"
         if config.head_dim > 128 or config.head_dim % 8:
             return f"cuDNN needs a head_dim of at most 128, a multiple of 8, not {config.head_dim}"
+        if length % 2:
+            return f"cuDNN needs an even length, not {length}"
         return None
     if length % _LANES:
         return f"splash attention needs a length that is a multiple of {_LANES}, not {length}"
@@ -56,7 +58,7 @@ def cudnn(
     query: Float[Array, "B N T H"],
     keys: Float[Array, "B K T H"],
     values: Float[Array, "B K T H"],
-    start: Int[Array, "B"],
+    start: Int[Array, "B 1|T"],
     *,
     window: int | None,
     scale: float,
@@ -66,12 +68,13 @@ def cudnn(
     assert softcap is None
     length = query.shape[2]
     # A padding query would see nothing, and softmax of nothing is NaN: it sees itself instead.
-    column = jnp.arange(length, dtype=jnp.int32)
-    real = column[None] >= start[:, None]
-    mask = real[:, None, None, :] | jnp.eye(length, dtype=bool)[None, None]
+    own = jnp.arange(length, dtype=jnp.int32)[None, None] >= start[..., None]
+    mask = jnp.broadcast_to(
+        own | jnp.eye(length, dtype=bool)[None], (*start.shape[:1], length, length)
+    )
     mixed = jax.nn.dot_product_attention(
         *(x.swapaxes(1, 2) for x in (query, keys, values)),
-        mask=mask,
+        mask=mask[:, None],
         scale=scale,
         is_causal=True,  # without it a window would also open to the future
         local_window_size=None if window is None else (window - 1, 0),
@@ -84,7 +87,7 @@ def splash(
     query: Float[Array, "B N T H"],
     keys: Float[Array, "B K T H"],
     values: Float[Array, "B K T H"],
-    start: Int[Array, "B"],
+    start: Int[Array, "B 1|T"],
     *,
     window: int | None,
     scale: float,
@@ -93,7 +96,7 @@ def splash(
 ) -> Float[Array, "B N T H"]:
     """Splash attention, JAX's sparse flash kernel for TPUs, one row at a time.
 
-    Padding is a segment of its own, so that padding queries see padding.
+    Each text of a row is a segment, and so is padding: padding queries see padding.
 
     Args:
         interpret: run on any device, slowly, for tests.
@@ -112,8 +115,8 @@ def splash(
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
-    real = (jnp.arange(length, dtype=jnp.int32)[None] >= start[:, None]).astype(jnp.int32)
-    return jax.vmap(kernel)(query * scale, keys, values, splash_lib.SegmentIds(real, real))
+    text = jnp.where(jnp.arange(length, dtype=jnp.int32)[None] >= start, start, -1)
+    return jax.vmap(kernel)(query * scale, keys, values, splash_lib.SegmentIds(text, text))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int8
 
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.contraction import project
@@ -22,7 +22,8 @@ class Linear(nnx.Module):
     """`x @ kernel`, plus a bias, plus a low-rank adapter when `lora` names this linear.
 
     Attributes:
-        kernel: [in, out], logical axes `axes`.
+        kernel: [in, out], logical axes `axes`; int8 with `int8`.
+        kernel_scale: [out], float32, factor of each column of an int8 kernel.
         bias: [out]; only where asked for.
         lora_a: [in, R], uniform in +-1/sqrt(in) as in PEFT; only with an adapter.
         lora_b: [R, out], zero at the start: a new adapter changes nothing; only with an adapter.
@@ -36,13 +37,19 @@ class Linear(nnx.Module):
         axes: Axes,
         *,
         bias: bool = False,
+        int8: bool = False,
         lora: LoraConfig | None,
         param_dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ) -> None:
         """Draw a random kernel; `name` is what `LoraConfig.pattern` is matched against."""
         init = jax.nn.initializers.normal(0.02)
-        self.kernel = nnx.Param(init(rngs.params(), (in_dim, out_dim), param_dtype), axes=axes)
+        kernel = init(rngs.params(), (in_dim, out_dim), param_dtype)
+        self.int8 = int8
+        if int8:
+            kernel, scale = quantize(kernel)
+            self.kernel_scale = nnx.Param(scale, axes=axes[1:])
+        self.kernel = nnx.Param(kernel, axes=axes)
         self.biased = bias
         if bias:
             self.bias = nnx.Param(jnp.zeros((out_dim,), param_dtype), axes=axes[1:])
@@ -59,12 +66,23 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """Map the last axis; the result has the dtype of `x`."""
         y = project(x, self.kernel[...])
+        if self.int8:
+            y = (y * along_last(self.kernel_scale[...], y.ndim)).astype(x.dtype)
         if self.biased:
             y = (y + along_last(self.bias[...], y.ndim)).astype(x.dtype)
         if not self.adapted:
             return y
         low = project(x, self.lora_a[...]) * self.lora_scale
         return y + project(low, self.lora_b[...])
+
+
+def quantize(
+    kernel: Float[Array, "*L in out"],
+) -> tuple[Int8[Array, "*L in out"], Float[Array, "*L out"]]:
+    """int8 kernel and the factor of each column: its largest entry over 127."""
+    kernel = kernel.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(kernel), axis=-2) / 127.0, 1e-30)
+    return jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), scale
 
 
 def along_last(vector: Float[Array, "D"], ndim: int) -> Float[Array, "... D"]:
@@ -100,7 +118,14 @@ class FeedForward(nnx.Module):
         def linear(name: str, in_dim: int, out_dim: int, axes: Axes) -> Linear:
             param_dtype = jnp.dtype(config.param_dtype)
             return Linear(
-                name, in_dim, out_dim, axes, lora=lora, param_dtype=param_dtype, rngs=rngs
+                name,
+                in_dim,
+                out_dim,
+                axes,
+                int8=config.int8_weights,
+                lora=lora,
+                param_dtype=param_dtype,
+                rngs=rngs,
             )
 
         self.gate = linear("gate", config.embed_dim, config.hidden_dim, ("embed", "hidden"))

@@ -18,7 +18,17 @@ from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.hf_config import read_json
 from refine_af.models.registry import FAMILIES
 from refine_af.models.transformer import Params, logical_axes
-from refine_af.models.weights import Index, Shape, TreeWeights, Weights, flat, get, put, refuse
+from refine_af.models.weights import (
+    Index,
+    Shape,
+    TreeWeights,
+    Weights,
+    flat,
+    get,
+    misfits,
+    put,
+    refuse,
+)
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -33,6 +43,9 @@ _REQUIRED = {
     "modules_to_save": None,
     "layers_to_transform": None,
 }
+_REFUSED = ("layer_replication", "alora_invocation_tokens")
+# Ways to initialise that leave the base weights alone; PiSSA, OLoRA, CorDA and LoftQ change them.
+_INITS = (True, "gaussian", "eva", "orthogonal")
 
 
 def merge(base: Params, adapter: Params, config: LoraConfig) -> Params:
@@ -133,6 +146,9 @@ def read_peft(directory: Path, model: ModelConfig) -> tuple[LoraConfig, Params]:
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"{directory / _CONFIG}: peft_type={raw.get('peft_type')!r} is no LoRA")
     odd = {key: raw[key] for key, value in _REQUIRED.items() if (raw.get(key) or value) != value}
+    odd |= {key: raw[key] for key in _REFUSED if raw.get(key)}
+    if (raw.get("init_lora_weights") or True) not in _INITS:
+        odd["init_lora_weights"] = raw["init_lora_weights"]
     if odd:
         raise ValueError(f"{directory / _CONFIG}: not supported: {odd}")
     try:
@@ -178,14 +194,7 @@ def _stack(
         for linear, _, factor in [path.rpartition("/")]
     }
     wanted = {key: shapes[path][1:][::-1] for path, group in keys.items() for key in group}
-    faults = [f"missing {key}" for key in wanted if key not in tensors]
-    faults += [f"unexpected {key}" for key in sorted(tensors.keys() - wanted.keys())]
-    faults += [
-        f"{key} has shape {tensors[key].shape}, expected {shape}"
-        for key, shape in wanted.items()
-        if key in tensors and tensors[key].shape != shape
-    ]
-    refuse(faults, where)
+    refuse(misfits({key: tensor.shape for key, tensor in tensors.items()}, wanted), where)
     adapter: Params = {}
     for path, group in keys.items():
         put(adapter, path, jnp.stack([jnp.asarray(tensors[k].T, jnp.float32) for k in group]))

@@ -117,7 +117,7 @@ def _open_random(source: str, dtype: str, param_dtype: str) -> Source:
 def _open_gguf(path: Path, name: str, dtype: str, param_dtype: str | None) -> Source:
     reader = gguf.open_file(path)
     config = gguf.read_config(reader, dtype=dtype, param_dtype=param_dtype or "float32")
-    tokenizer, eos_ids = gguf.read_tokenizer(reader, path), gguf.end_ids(reader)
+    tokenizer, eos_ids = gguf.read_tokenizer(reader), gguf.end_ids(reader)
     weights = gguf.GgufWeights(reader, config)
     raw = hf_config.to_raw(config, eos_ids=eos_ids)
     return Source(name, "gguf", config, raw, weights, eos_ids, tokenizer)
@@ -156,9 +156,10 @@ def _fetch_hub(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*"]
+    copies = ["consolidated*"]  # the same weights in the format of their makers
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=copies))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(

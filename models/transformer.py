@@ -10,7 +10,7 @@ Axis letters as in `layers`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +19,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from refine_af.models import attention, rotary
+from refine_af.models.attention import Seen
 from refine_af.models.block import Attend, Block
-from refine_af.models.cache import KVCache, Stored
+from refine_af.models.cache import KVCache, Prefix, Stored
 from refine_af.models.config import LoraConfig, ModelConfig
-from refine_af.models.contraction import contract
-from refine_af.models.layers import Axes, RMSNorm
+from refine_af.models.contraction import rows_times
+from refine_af.models.layers import Axes, RMSNorm, quantize
 from refine_af.models.rotary import Rotary
 
 Params = dict[str, Any]  # nested, leaves are arrays
@@ -62,35 +63,48 @@ class Transformer(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        start: Int[Array, "B"],
+        start: Int[Array, "B *T"],
         *,
         cache: KVCache | None = None,
+        prefix: Prefix | None = None,
+        offset: Int[Array, "B *T"] | None = None,
         remat: bool = False,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Final hidden states (after the last norm), for `logits` or a value head.
 
         Args:
-            tokens: ids; columns before `start[b]` are left padding, anything after a row's real
+            tokens: ids; columns before a row's `start` are left padding, anything after its real
                 tokens is right padding. Outputs at padding are meaningless.
-            start: first real column of each row. Positions count from there.
+            start: first column of each row's text; or of the text that each token belongs to, where
+                several are packed into a row. Positions count from there.
             cache: what was computed for the columns before these; needs unstacked layers.
                 Without it the columns are 0..T-1 and the returned cache holds exactly those.
+            prefix: what stands before column `start` of texts that begin alike; needs unstacked
+                layers.
+            offset: number of prefix tokens before each text (or each token's): all of them or 0.
             remat: recompute each layer in the backward pass instead of keeping its activations.
         """
         end = jnp.zeros((), jnp.int32) if cache is None else cache.end
         columns = end + jnp.arange(tokens.shape[1], dtype=jnp.int32)
-        rotaries = self._rotaries(jnp.maximum(columns[None] - start[:, None], 0))
+        start = start.reshape(tokens.shape[0], -1)
+        offset = jnp.zeros_like(start) if offset is None else offset.reshape(tokens.shape[0], -1)
+        positions = jnp.maximum(columns[None] - start + offset, 0)
+        rotaries = self._rotaries(positions)
         x = self._embed(tokens)
-        if cache is not None:
-            assert not self.stacked, "decoding needs unstacked layers"
-            x, kept = self._unrolled(x, rotaries, lambda i: self._cached(i, start, cache))
-        elif self.stacked:
+        if cache is None and prefix is None and self.stacked:
             x, kept = self._scan(x, rotaries, start, remat=remat)
+            layers = [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(len(self.kinds))]
         else:
-            whole = _Whole(self.config, start, tokens.shape[1])
-            x, kept = self._unrolled(x, rotaries, lambda i: whole.attend(self._is_global(i)))
-        keys, values = kept
-        return self.final_norm(x), KVCache(tuple(keys), tuple(values), end + tokens.shape[1])
+            assert not self.stacked, "decoding needs unstacked layers"
+            before = _Before(self.config, prefix, positions, offset)
+            if cache is None:
+                whole = _Whole(self.config, start, tokens.shape[1])
+                x, layers = self._unrolled(x, rotaries, lambda i: whole.attend(*before.layer(i)))
+            else:
+                x, layers = self._unrolled(
+                    x, rotaries, lambda i: self._cached(i, start, cache, before.layer(i)[1])
+                )
+        return self.final_norm(x), KVCache(tuple(layers), end + tokens.shape[1])
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Start of the residual stream, float32."""
@@ -110,16 +124,24 @@ class Transformer(nnx.Module):
         local = rotary.frequencies(c.head_dim, c.local_rope_theta, None)
         return plain, rotary.tables(positions, local)
 
-    def _is_global(self, layer: int) -> bool:
-        return self.config.window(layer) is None
+    @property
+    def kinds(self) -> list[bool]:
+        """Of each layer, whether it sees everything."""
+        return [self.config.window(i) is None for i in range(self.config.num_layers)]
 
-    def _cached(self, layer: int, start: Int[Array, "B"], cache: KVCache) -> Attend:
-        stored = cache.keys[layer], cache.values[layer]
-
+    def _cached(
+        self, layer: int, start: Int[Array, "B 1|T"], cache: KVCache, before: Sequence[Seen]
+    ) -> Attend:
         def attend(query: Array, new: Stored) -> tuple[Array, Stored]:
-            window = self.config.window(layer)
             return attention.attend_cached(
-                query, new, stored, start, cache.end, window, self.config
+                query,
+                new,
+                cache.layers[layer],
+                start,
+                cache.end,
+                self.config.window(layer),
+                before,
+                self.config,
             )
 
         return attend
@@ -128,7 +150,7 @@ class Transformer(nnx.Module):
         self, x: Array, rotaries: tuple[Rotary, Rotary], start: Array, *, remat: bool
     ) -> tuple[Array, Stored]:
         definition, stacked = nnx.split(self.layers)
-        kinds = [self._is_global(i) for i in range(self.config.num_layers)]
+        kinds = self.kinds
         whole = _Whole(self.config, start, x.shape[1])
 
         def layer(x: Array, scanned: tuple[nnx.State, Array]) -> tuple[Array, Stored]:
@@ -142,21 +164,20 @@ class Transformer(nnx.Module):
 
     def _unrolled(
         self, x: Array, rotaries: tuple[Rotary, Rotary], attend_of: Callable[[int], Attend]
-    ) -> tuple[Array, tuple[list[Array], list[Array]]]:
-        keys, values = [], []
-        for i, block in enumerate(self.layers):
-            x, (key, value) = block(x, _pick(self._is_global(i), *rotaries), attend_of(i))
-            keys.append(key)
-            values.append(value)
-        return x, (keys, values)
+    ) -> tuple[Array, list[Stored]]:
+        layers = []
+        for i, (block, is_global) in enumerate(zip(self.layers, self.kinds, strict=True)):
+            x, kept = block(x, _pick(is_global, *rotaries), attend_of(i))
+            layers.append(kept)
+        return x, layers
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         if self.config.tie_embeddings:
-            logits = contract("td,vd->tv", flat, self.embedding[...].astype(hidden.dtype))
+            logits = rows_times("td,vd->tv", flat, self.embedding[...])
         else:
-            logits = contract("td,dv->tv", flat, self.head[...].astype(hidden.dtype))
+            logits = rows_times("td,dv->tv", flat, self.head[...])
         cap = self.config.logit_softcap
         if cap is not None:
             logits = jnp.tanh(logits / cap) * cap
@@ -170,10 +191,42 @@ def _pick(is_global: bool | Bool[Array, ""], of_global: Any, of_local: Any) -> A
     return jax.tree.map(lambda a, b: jnp.where(is_global, a, b), of_global, of_local)
 
 
+class _Before:
+    """What each layer sees of a shared prefix."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        prefix: Prefix | None,
+        positions: Int[Array, "B T"],
+        offset: Int[Array, "B 1|T"],
+    ) -> None:
+        self.config = config
+        self.prefix = prefix
+        self.positions = positions
+        self.offset = offset
+
+    def layer(self, index: int) -> tuple[bool, list[Seen]]:
+        """(whether the layer sees everything, its part of the prefix)."""
+        window = self.config.window(index)
+        if self.prefix is None:
+            return window is None, []
+        stored = self.prefix.layers[index]
+        # Position of a key, counted back from the prefix's end.
+        back = jnp.arange(stored.keys.shape[2], dtype=jnp.int32) - stored.keys.shape[2]
+        key_positions = self.offset[..., None] + back[None, None]
+        mask = jnp.broadcast_to(
+            self.offset[..., None] > 0, (*self.positions.shape, stored.keys.shape[2])
+        )
+        if window is not None:
+            mask &= self.positions[..., None] - key_positions < window
+        return window is None, [Seen(stored, mask)]
+
+
 class _Whole:
     """Attention of whole sequences among their own columns, for both kinds of layers."""
 
-    def __init__(self, config: ModelConfig, start: Int[Array, "B"], length: int) -> None:
+    def __init__(self, config: ModelConfig, start: Int[Array, "B 1|T"], length: int) -> None:
         self.config = config
         self.start = start
         self.kernel = attention.kernel_for(config, length)
@@ -183,21 +236,23 @@ class _Whole:
             for window in (None, config.sliding_window)
         ]
 
-    def attend(self, is_global: bool | Bool[Array, ""]) -> Attend:
+    def attend(self, is_global: bool | Bool[Array, ""], before: Sequence[Seen] = ()) -> Attend:
         """Attention of one layer; which kind it is may be known at run time only."""
-        return lambda query, new: (self._mix(is_global, query, *new), new)
+        return lambda query, new: (self._mix(is_global, query, new, before), new)
 
-    def _mix(self, is_global: bool | Array, query: Array, keys: Array, values: Array) -> Array:
-        if self.kernel is None:
-            mask = _pick(is_global, *self.masks)
-            return attention.attend(query, keys, values, mask, self.config)
+    def _mix(
+        self, is_global: bool | Array, query: Array, new: Stored, before: Sequence[Seen]
+    ) -> Array:
+        if self.kernel is None or before:
+            own = Seen(new, _pick(is_global, *self.masks))
+            return attention.attend(query, [*before, own], self.config)
         shared = {
             "scale": attention.scale(self.config),
             "softcap": self.config.attention_softcap,
         }
         of_global = functools.partial(self.kernel, window=None, **shared)
         of_local = functools.partial(self.kernel, window=self.config.sliding_window, **shared)
-        operands = query, keys, values, self.start
+        operands = query, new.keys, new.values, self.start
         if isinstance(is_global, bool):
             return (of_global if is_global else of_local)(*operands)
         return jax.lax.cond(is_global, of_global, of_local, *operands)
@@ -285,3 +340,17 @@ def unstack_layers(base: Params) -> Params:
     num_layers = jax.tree.leaves(base["layers"])[0].shape[0]
     layers = {i: jax.tree.map(lambda x, i=i: x[i], base["layers"]) for i in range(num_layers)}
     return {**base, "layers": layers}
+
+
+def int8_kernels(base: Params) -> Params:
+    """Parameters for `ModelConfig.int8_weights`: each kernel as int8 with a factor a column."""
+
+    def convert(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        if "kernel" in node:
+            kernel, scale = quantize(node["kernel"])
+            return {**node, "kernel": kernel, "kernel_scale": scale}
+        return {key: convert(child) for key, child in node.items()}
+
+    return convert(base)

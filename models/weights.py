@@ -6,7 +6,7 @@ A path names an array of the stacked layout, such as `layers/attention/q/kernel`
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +18,10 @@ from refine_af.models.transformer import Params
 
 Index = tuple[slice, ...]
 Shape = tuple[int, ...]
+
+# What can be wrong with a tensor, in the order in which `refuse` reports it, and how often.
+_KINDS = ("missing ", "unexpected ", " is in ", " has shape ", " has dtype ", " is of type ")
+_NAMED = 8
 
 
 class Weights(abc.ABC):
@@ -36,10 +40,10 @@ class Weights(abc.ABC):
         """The tree of all arrays, cast to `dtype`; each device reads its own shards only.
 
         Args:
-            shardings: a tree like the result; None puts everything on the first device.
+            shardings: a tree like the result; None puts everything on this host's first device.
         """
         tree: Params = {}
-        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         for path, array in self.arrays.items():
             sharding = first if shardings is None else get(shardings, path)
             put(tree, path, self._load_array(path, array.shape, dtype, sharding))
@@ -50,10 +54,11 @@ class Weights(abc.ABC):
     ) -> jax.Array:
         read: dict[Any, np.ndarray] = {}  # devices that hold the same shard share one reading
 
-        def piece(index: Index) -> np.ndarray:
+        def piece(index: Index | None) -> np.ndarray:
+            assert index is not None
             key = tuple(part.indices(n) for part, n in zip(index, shape, strict=True))
             if key not in read:
-                read[key] = self.read(path, index).astype(dtype)
+                read[key] = self.read(path, index).astype(dtype, copy=False)
             return read[key]
 
         return jax.make_array_from_callback(shape, sharding, piece)
@@ -111,15 +116,38 @@ def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     return {path: leaf[0].shape for path, leaf in leaves}
 
 
-def refuse(faults: list[str], where: str) -> None:
-    """Report all that is wrong with a source's tensors at once.
+def refuse(faults: Iterable[str], where: str) -> None:
+    """Report all that is wrong with a source's tensors at once: eight of each kind, and a count.
+
+    Args:
+        faults: one line a tensor, with the words of `_KINDS` that say what is wrong with it.
 
     Raises:
-        ValueError: anything is.
+        ValueError: there are any.
     """
-    if faults:
-        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
-        raise ValueError(f"{where}: tensors do not fit config.json: {'; '.join(faults[:8])}{more}")
+    kinds: dict[str, list[str]] = {kind: [] for kind in (*_KINDS, "")}
+    for fault in sorted(faults):
+        kinds[next(kind for kind in kinds if kind in fault)].append(fault)
+    named: list[str] = []
+    for group in kinds.values():
+        named += group[:_NAMED]
+        if len(group) > _NAMED:
+            named[-1] += f" and {len(group) - _NAMED} more"
+    if named:
+        raise ValueError(f"{where}: tensors do not fit config.json: {'; '.join(named)}")
+
+
+def misfits(found: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> list[str]:
+    """What is missing, unexpected or misshapen, for `refuse`."""
+    return [
+        *(f"missing {name}" for name in wanted if name not in found),
+        *(f"unexpected {name}" for name in found if name not in wanted),
+        *(
+            f"{name} has shape {found[name]}, expected {shape}"
+            for name, shape in wanted.items()
+            if found.get(name, shape) != shape
+        ),
+    ]
 
 
 def check_shapes(found: Mapping[str, Shape], config: ModelConfig, where: str) -> None:
@@ -128,15 +156,7 @@ def check_shapes(found: Mapping[str, Shape], config: ModelConfig, where: str) ->
     Raises:
         ValueError: with all of them.
     """
-    wanted = expected_shapes(config)
-    faults = [f"missing {path}" for path in wanted if path not in found]
-    faults += [f"unexpected {path}" for path in sorted(found.keys() - wanted.keys())]
-    faults += [
-        f"{path} has shape {found[path]}, expected {shape}"
-        for path, shape in wanted.items()
-        if path in found and found[path] != shape
-    ]
-    refuse(faults, where)
+    refuse(misfits(found, expected_shapes(config)), where)
 
 
 def flat(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Iterator[tuple[str, Any]]:

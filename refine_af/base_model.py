@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_af import config as config_lib
 from refine_af import mesh as mesh_lib
 from refine_af.engine import Engine
+from refine_af.models import lora as lora_lib
 from refine_af.models import sources, transformer
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.sources import Source
@@ -79,23 +80,38 @@ class BaseModel:
 
         return jax.tree.map(place, state)
 
-    def engine(self, batch_size: int, options: config_lib.Lora | None = None) -> Engine:
-        """Sampler for this model, with adapters of the given shape or without."""
-        lora = lora_config(options) if options else None
+    def engine(
+        self, num_slots: int, *, int8_weights: bool = False, int8_cache: bool = False
+    ) -> Engine:
+        """Sampler for this model, with or without an adapter merged into its parameters.
+
+        Args:
+            int8_weights: its parameters are those of `for_sampling(int8_weights=True)`.
+            int8_cache: keep keys and values as int8.
+        """
         source = self.source
-        return Engine(self.config, source.tokenizer, self.mesh, source.eos_ids, batch_size, lora)
+        config = dataclasses.replace(self.config, int8_weights=int8_weights, int8_cache=int8_cache)
+        return Engine(config, source.tokenizer, self.mesh, source.eos_ids, num_slots)
 
     def for_sampling(
-        self, adapter: Params | None = None, options: config_lib.Lora | None = None
+        self,
+        adapter: Params | None = None,
+        options: config_lib.Lora | None = None,
+        *,
+        int8_weights: bool = False,
     ) -> Params:
-        """Unstacked parameters, the adapter's among them, for an `engine` of the same options.
+        """Unstacked parameters for an `engine`: a copy, with the adapter merged into its kernels.
 
-        The adapter is not merged into the kernels: a bfloat16 kernel is too coarse to hold it (of
-        an update a hundredth of the kernel's size about nine tenths would be rounded away).
+        They are laid out for decoding, which would wait for the weights of an fsdp layout at every
+        token (`mesh.SAMPLING_RULES`). In bfloat16 the merged kernels round most of a small adapter
+        away, but to an effect below that of bfloat16 arithmetic itself (docs/sampling.md).
         """
-        lora = lora_config(options) if options else None
-        shardings = mesh_lib.param_shardings(self.config, lora, self.mesh, stacked=False)
-        return _relay(self.params, adapter or {}, _Frozen(_joined(*shardings)))
+        config = dataclasses.replace(self.config, int8_weights=int8_weights)
+        shardings = mesh_lib.param_shardings(
+            config, None, self.mesh, stacked=False, rules=mesh_lib.SAMPLING_RULES
+        )[0]
+        lora = lora_config(options) if options and adapter else None
+        return _relay(self.params, adapter or {}, lora, int8_weights, _Frozen(shardings))
 
 
 class _Frozen:
@@ -113,22 +129,15 @@ class _Frozen:
         return isinstance(other, _Frozen) and self._key == other._key
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _relay(base: Params, adapter: Params, shardings: _Frozen) -> Params:
-    unstacked = transformer.unstack_layers(base)
-    if adapter:
-        unstacked = _joined(unstacked, transformer.unstack_layers(adapter))
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _relay(
+    base: Params, adapter: Params, lora: LoraConfig | None, int8_weights: bool, shardings: _Frozen
+) -> Params:
+    merged = base if lora is None else lora_lib.merge(base, adapter, lora)
+    unstacked = transformer.unstack_layers(merged)
+    if int8_weights:
+        unstacked = transformer.int8_kernels(unstacked)
     return jax.lax.with_sharding_constraint(unstacked, shardings.tree)
-
-
-def _joined(first: Any, second: Any) -> Any:
-    """Two nested dictionaries without a leaf in common as one."""
-    both = {
-        key: _joined(first[key], second[key]) if key in first and key in second else tree[key]
-        for tree in (first, second)
-        for key in tree
-    }
-    return both
 
 
 def lora_config(options: config_lib.Lora) -> LoraConfig:

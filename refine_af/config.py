@@ -86,14 +86,19 @@ class Sampling:
     temperature: float
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
+    min_p: float = 0.0  # share of the most likely token's probability that others need; 0: none
     presence_penalty: float = 0.0  # subtracted from the logit of every token already generated
+    repetition_penalty: float = 1.0  # divides the logit of every token of prompt and answer; 1: off
     max_new_tokens: int
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's end tokens
 
     def __post_init__(self) -> None:
         """Validate."""
         require(self.temperature >= 0, f"temperature={self.temperature}: expected >= 0")
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: expected in (0, 1]")
+        require(0 <= self.min_p <= 1, f"min_p={self.min_p}: expected in [0, 1]")
+        require_positive(self, "", "repetition_penalty")
         require_at_least(0, self, "", "top_k")
         require_at_least(1, self, "", "max_new_tokens")
         require("" not in self.stop, f"stop={self.stop}: expected strings that are not empty")
@@ -180,6 +185,8 @@ class Ppo:
     whiten_advantages: bool = True
     checkpoint_every: int  # steps
     keep_checkpoints: int = 2
+    int8_weights: bool = False  # of rollouts; their drift is `drift/logprob_max` in the metrics
+    int8_cache: bool = False  # of rollouts
     lora: Lora
     sampling: Sampling
 
@@ -331,7 +338,8 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if kind in (bool, int, float, str):
         require(type(value) is kind, f"{name}={value!r}: expected {kind.__name__}")
         return value
-    assert kind == tuple[str, ...], f"{name}: fields of type {kind} cannot be read"
-    strings = isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
-    require(strings, f"{name}={value!r}: expected strings")
+    item = typing.get_args(kind)[0]
+    assert kind == tuple[item, ...], f"{name}: fields of type {kind} cannot be read"
+    fits = isinstance(value, list | tuple) and all(type(x) is item for x in value)
+    require(fits, f"{name}={value!r}: expected a list of {item.__name__}")
     return tuple(value)

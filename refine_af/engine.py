@@ -1,52 +1,34 @@
-"""Requests in, completions out: batches of fixed size through prefill and chunked decode.
+"""Requests in, completions out: continuous batching over slots that decode together.
 
-Requests are sorted by prompt length, so that a batch pads little. Between chunks of tokens the
-host looks for stop strings; everything else happens on the device.
+A free slot takes the next request from the queue: prompts are packed and read together, a long one
+in pieces, a beginning that most of them share only once. Then all slots decode in one loop on the
+device, until one is done and another request waits. Stop tokens are seen on the device; stop
+strings, which are a matter of text, on the host between two such loops.
 """
 
+import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from refine_af import sampling, tokens
-from refine_af.config import Sampling
-from refine_af.mesh import shard_batch
-from refine_af.models.config import LoraConfig, ModelConfig
+from refine_af import memory, packing, sampling
+from refine_af.mesh import shard_slots
+from refine_af.models.cache import KVCache, Prefix
+from refine_af.models.config import ModelConfig
 from refine_af.models.transformer import Params, define
+from refine_af.requests import Answer, Completion, Request, TokenIds
+from refine_af.sampling import CHUNK, Limits, Needs, Pack
 
-_CHUNK = 32  # tokens decoded between two looks at the text
+_TEXT_CHUNK = 16  # tokens between two looks for stop strings
+_LEAST_PLACES = 64  # of a cache
+_SHRINK = 4  # the batch is made smaller when so many times fewer answers are left
 
 Progress = Callable[[int], None]  # called with the number of new tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One prompt and how to continue it; `seed` fixes its random numbers."""
-
-    prompt_ids: tuple[int, ...]
-    sampling: Sampling
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What a request got.
-
-    Attributes:
-        text: up to, and without, the end token or stop string.
-        token_ids: the drawn tokens, with the end token or the tokens of the stop string.
-        logprobs: of each of them, under the policy distribution (see `sampling`).
-        finish_reason: `stop` for an end token or a stop string, `length` otherwise.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
+Finished = Iterator[tuple[int, Completion]]  # with the number of the request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +37,18 @@ class Engine:
 
     Attributes:
         config: of the model whose (unstacked) parameters `generate` is given.
-        batch_size: rows a batch; the last one is filled up with idle rows.
+        num_slots: answers that are written at the same time, at most.
+        max_read: prompt tokens that are read in one go.
+        memory: bytes that caches may take on a device; None: what is free.
     """
 
     config: ModelConfig
     tokenizer: PreTrainedTokenizerBase | None  # None: completions have no text
     mesh: jax.sharding.Mesh
-    eos_ids: tuple[int, ...]
-    batch_size: int
-    lora: LoraConfig | None = None  # of the adapter among the parameters
+    eos_ids: TokenIds
+    num_slots: int
+    max_read: int = 512
+    memory: int | None = None
 
     def generate(
         self, params: Params, requests: Sequence[Request], progress: Progress | None = None
@@ -71,130 +56,306 @@ class Engine:
         """Completions in the order of the requests.
 
         Raises:
-            ValueError: a prompt is empty, or does not leave room for one token in the context.
+            ValueError: a request has a fault, or the caches do not fit into memory.
         """
         for number, request in enumerate(requests):
-            self._check(number, request)
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
-        completions: dict[int, Completion] = {}
-        for first in range(0, len(order), self.batch_size):
-            rows = order[first : first + self.batch_size]
-            batch = _Batch(self, [requests[i] for i in rows])
-            completions.update(zip(rows, batch.run(params, progress), strict=True))
-        return [completions[i] for i in range(len(requests))]
+            fault = self.fault(request)
+            if fault:
+                raise ValueError(f"request {number}: {fault}")
+        found = dict(self.stream(params, requests, progress))
+        return [found[i] for i in range(len(requests))]
 
-    def _check(self, number: int, request: Request) -> None:
-        length = len(request.prompt_ids)
+    def stream(
+        self, params: Params, requests: Sequence[Request], progress: Progress | None = None
+    ) -> Finished:
+        """(number of the request, completion), as they finish; those with a fault come first.
+
+        Raises:
+            ValueError: the caches do not fit into memory.
+        """
+        answers = []
+        for number, request in enumerate(requests):
+            fault = self.fault(request)
+            if fault:
+                yield number, Completion("", (), (), (), "error", fault)
+                continue
+            room = self.config.max_positions - len(request.prompt_ids)
+            budget = min(request.sampling.max_new_tokens, room)
+            answers.append(Answer(number, request, budget, self.eos_ids, self.tokenizer))
+        if answers:
+            yield from _Run(self, params, answers, progress).finish()
+
+    def fault(self, request: Request) -> str:
+        """What keeps a request from being answered, "" if nothing does."""
+        length, vocab = len(request.prompt_ids), self.config.vocab_size
         if length == 0:
-            raise ValueError(f"request {number}: the prompt is empty")
+            return "the prompt is empty"
         if length >= self.config.max_positions:
-            raise ValueError(
-                f"request {number}: the prompt has {length} tokens, and the model's context is "
+            return (
+                f"the prompt has {length} tokens, and the model's context is "
                 f"{self.config.max_positions}; shorten it"
             )
+        odd = next((i for i in request.prompt_ids if not 0 <= i < vocab), None)
+        return "" if odd is None else f"token id {odd} in the prompt: expected 0 to {vocab - 1}"
 
 
-class _Batch:
-    """One batch on its way through the sampler: device state plus each row's text so far."""
+class _Run:
+    """All answers of one call on their way through the slots."""
 
-    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
+    def __init__(
+        self, engine: Engine, params: Params, answers: list[Answer], progress: Progress | None
+    ) -> None:
         self.engine = engine
-        self.requests = requests
-        self.token_ids: list[list[int]] = [[] for _ in requests]
-        self.logprobs: list[list[float]] = [[] for _ in requests]
-        self.ends: list[tuple[str, str] | None] = [None] * len(requests)  # text, finish reason
+        self.params = params
+        self.progress = progress
+        self.definition = define(engine.config, stacked=False)
+        self.needs = _needs(answers)
+        self.num_stops = packing.power_of_two(max(len(a.stop_ids) for a in answers))
+        self.steps = _TEXT_CHUNK if any(a.request.sampling.stop for a in answers) else CHUNK
+        shared = packing.shared_prefix([a.request.prompt_ids for a in answers])
+        for answer in answers:
+            if shared and answer.own[: len(shared)] == shared:
+                answer.own, answer.offset = answer.own[len(shared) :], len(shared)
+        num_slots = self._affordable_slots(answers, len(shared))
+        # Long ones first: what is left for the end is short.
+        self.queue = collections.deque(sorted(answers, key=lambda a: -a.budget))
+        self.live: dict[int, Answer] = {}  # by slot
+        self.places = self._places(list(self.queue)[:num_slots])
+        self.slots = sampling.jit_empty(
+            self.definition, engine.mesh, num_slots, self.places, self.num_stops, self.needs
+        )
+        self.prefix = self._read_prefix(shared) if shared else None
 
-    def run(self, params: Params, progress: Progress | None) -> list[Completion]:
+    def finish(self) -> Finished:
+        """Fill the slots, decode, fill again, until all answers are whole."""
+        while self.queue or self.live:
+            yield from self._admit()
+            if self.live:
+                yield from self._decode()
+
+    @property
+    def num_slots(self) -> int:
+        return self.slots.token.shape[0]
+
+    # Memory
+
+    def _affordable_slots(self, answers: Sequence[Answer], prefix_length: int) -> int:
+        """Slots whose caches fit into memory, as many as are asked for if possible."""
         engine = self.engine
-        definition = define(engine.config, engine.lora, stacked=False)
-        longest = max(len(r.prompt_ids) for r in self.requests)
-        budget = max(self._budget(r) for r in self.requests)
-        length = tokens.bucket(longest)
-        idle = engine.batch_size - len(self.requests)
-        prompts, start = tokens.pad_left(
-            [*(r.prompt_ids for r in self.requests), *[[0]] * idle], length
+        parts = engine.mesh.shape["data"]
+        wanted = min(packing.power_of_two(len(answers)), engine.num_slots)
+        return memory.affordable_slots(
+            engine.config,
+            engine.mesh,
+            wanted=-(-wanted // parts) * parts,
+            length=packing.bucket(max(len(a.own) + a.budget for a in answers), _LEAST_PLACES),
+            prefix_length=prefix_length,
+            free=engine.memory,
         )
-        chunk = min(_CHUNK, budget)
-        limits, restricted = self._limits(idle)
-        # The last chunk may run past the budget; its columns exist but are never read back.
-        total = tokens.bucket(length + -(-budget // chunk) * chunk)
-        prompts, start, limits = shard_batch(engine.mesh, (prompts, start, limits))
-        state = sampling.jit_prefill(definition, params, prompts, start, total, chunk)
-        while not all(self.ends):
-            state = sampling.jit_decode(
-                definition, params, state, limits, engine.eos_ids, restricted
-            )
-            new = self._take(np.asarray(state.tokens), np.asarray(state.logprobs))
-            done = np.asarray([end is not None for end in self.ends] + [True] * idle)
-            state = state._replace(done=shard_batch(engine.mesh, done))
-            if progress:
-                progress(new)
-        return [
-            Completion(end[0], tuple(ids), tuple(logprobs), end[1])
-            for end, ids, logprobs in zip(self.ends, self.token_ids, self.logprobs, strict=True)
-            if end is not None
-        ]
 
-    def _budget(self, request: Request) -> int:
-        room = self.engine.config.max_positions - len(request.prompt_ids)
-        return min(request.sampling.max_new_tokens, room)
+    def _places(self, answers: Sequence[Answer]) -> int:
+        """Places of a cache in which these answers can draw their next tokens."""
+        most = max(a.columns + min(self.steps, a.left) for a in answers)
+        return packing.bucket(most, _LEAST_PLACES)
 
-    def _limits(self, idle: int) -> tuple[sampling.Limits, bool]:
-        rows = [(r.sampling, self._budget(r), r.seed) for r in self.requests]
-        rows += [(dataclasses.replace(rows[0][0], temperature=0.0), 1, 0)] * idle
-        params = [row[0] for row in rows]
-        restricted = any(p.top_k or p.top_p < 1 or p.presence_penalty for p in params)
-        limits = sampling.Limits(
-            temperature=jnp.asarray([p.temperature for p in params], jnp.float32),
-            top_k=jnp.asarray([p.top_k for p in params], jnp.int32),
-            top_p=jnp.asarray([p.top_p for p in params], jnp.float32),
-            presence_penalty=jnp.asarray([p.presence_penalty for p in params], jnp.float32),
-            max_new_tokens=jnp.asarray([row[1] for row in rows], jnp.int32),
-            seed=jnp.asarray([row[2] % 2**32 for row in rows], jnp.uint32),
-        )
-        return limits, restricted
+    def _fit(self, answers: Sequence[Answer]) -> None:
+        """Grow the cache when these answers need it, shrink it when half would do."""
+        wanted = self._places(answers)
+        if wanted > self.places or 2 * wanted <= self.places:
+            self.places = wanted
+            self.slots = sampling.jit_resize(self.definition, self.slots, wanted)
 
-    def _take(self, chunk_ids: np.ndarray, chunk_logprobs: np.ndarray) -> int:
-        """Add a chunk to the rows that are not done; returns the number of tokens added."""
-        new = 0
-        for row, request in enumerate(self.requests):
-            if self.ends[row] is not None:
-                continue
-            ids, logprobs = self.token_ids[row], self.logprobs[row]
-            before = len(ids)
-            room = self._budget(request) - before
-            for token, logprob in zip(chunk_ids[row], chunk_logprobs[row], strict=True):
-                if room == 0 or (ids and ids[-1] in self.engine.eos_ids):
-                    break
-                ids.append(int(token))
-                logprobs.append(float(logprob))
-                room -= 1
-            self.ends[row] = self._end(row, request, room)
-            new += len(ids) - before
-        return new
+    # Reading prompts
 
-    def _end(self, row: int, request: Request, room: int) -> tuple[str, str] | None:
-        """(text, finish reason) when the row is finished; cuts tokens past a stop string."""
-        ids = self.token_ids[row]
-        ended = bool(ids) and ids[-1] in self.engine.eos_ids
-        text = tokens.decode(self.engine.tokenizer, ids[:-1] if ended else ids)
-        found = [at for stop in request.sampling.stop if (at := text.find(stop)) >= 0]
-        if found:
-            self._cut(row, request.sampling.stop)
-            return text[: min(found)], "stop"
-        if ended:
-            return text, "stop"
-        return (text, "length") if room == 0 else None
+    def _admit(self) -> Finished:
+        """Give waiting requests to free slots; some end with their first token."""
+        while self.queue and len(self.live) < self.num_slots:
+            free = [slot for slot in range(self.num_slots) if slot not in self.live]
+            waiting = [self.queue.popleft() for _ in free[: len(self.queue)]]
+            self._fit([*self.live.values(), *waiting])
+            while waiting:
+                count = self._read(waiting, free)
+                yield from self._settle(dict(zip(free, waiting[:count], strict=False)))
+                waiting, free = waiting[count:], free[count:]
 
-    def _cut(self, row: int, stops: tuple[str, ...]) -> None:
-        """Keep the fewest tokens whose text holds a stop string (bisection over prefixes)."""
-        ids = self.token_ids[row]
-        low, high = 1, len(ids)
-        while low < high:
-            middle = (low + high) // 2
-            text = tokens.decode(self.engine.tokenizer, ids[:middle])
-            if any(stop in text for stop in stops):
-                high = middle
+    def _settle(self, answers: dict[int, Answer]) -> Finished:
+        """Of the answers with new tokens, by slot: those that are whole leave, the others stay."""
+        for slot, answer in answers.items():
+            completion = answer.completion()
+            if completion is None:
+                self.live[slot] = answer
             else:
-                low = middle + 1
-        del ids[low:], self.logprobs[row][low:]
+                self.live.pop(slot, None)
+                yield answer.number, completion
+
+    def _read(self, waiting: Sequence[Answer], free: Sequence[int]) -> int:
+        """Read the prompts of the first ones and put them into slots; returns how many."""
+        most = self.engine.max_read
+        scratch = None
+        if len(waiting[0].own) > most:
+            answers = waiting[:1]
+            scratch, pack = self._read_pieces(waiting[0])
+        else:
+            short = list(itertools.takewhile(lambda a: len(a.own) <= most, waiting))
+            rows, count = packing.pack([(a.own, a.offset) for a in short], most)
+            answers = short[:count]
+            pack = self._pack(
+                rows.arrays(), [rows.places[a.own, a.offset] for a in answers], answers
+            )
+        slots = np.resize(np.asarray(free[: len(answers)], np.int32), pack.row.shape)
+        pack = pack._replace(slot=slots)
+        found = sampling.jit_read(
+            self.definition, self.params, pack, self.prefix, scratch, self.needs
+        )
+        self.slots = sampling.jit_place(self.slots, pack, found)
+        token, logprob, full = (np.asarray(x)[:, None] for x in found.chosen)
+        for i, answer in enumerate(answers):
+            answer.take(token[i], logprob[i], full[i])
+        self._count(len(answers))
+        return len(answers)
+
+    def _pack(
+        self,
+        arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
+        places: Sequence[tuple[int, int]],
+        answers: Sequence[Answer],
+    ) -> Pack:
+        """Answers' prompts, which begin at these (row, column), for the sampler."""
+        size = packing.power_of_two(len(answers))
+        row, first = np.resize(np.asarray(places, np.int32), (size, 2)).T
+        lengths = np.asarray([len(a.own) for a in answers], np.int32)
+        return Pack(
+            *arrays,
+            row=row,
+            first=first,
+            last=first + np.resize(lengths, size) - 1,
+            prefixed=np.resize(np.asarray([a.offset for a in answers], np.int32), size),
+            slot=np.zeros(size, np.int32),
+            seen=self._seen(answers, size),
+            limits=_limits(answers, size, self.num_stops),
+            count=np.int32(len(answers)),
+        )
+
+    def _seen(self, answers: Sequence[Answer], size: int) -> np.ndarray:
+        """Tokens of each prompt, for the repetition penalty."""
+        vocab = self.engine.config.vocab_size if self.needs.penalised else 0
+        seen = np.zeros((size, vocab), np.uint8)
+        if vocab:
+            for i, answer in enumerate(answers):
+                seen[i, list(answer.request.prompt_ids)] = sampling.IN_PROMPT
+        return seen
+
+    def _read_pieces(self, answer: Answer) -> tuple[KVCache, Pack]:
+        """All pieces of a long prompt but the last one, and that one."""
+        *pieces, last = pieces_of(answer.own, self.engine.max_read)
+        padding = (len(pieces) + 1) * len(last) - len(answer.own)
+        scratch = self._extend(pieces, len(pieces) + 1, padding, answer.offset)
+        start, offset = (np.full((1, len(last)), x, np.int32) for x in (padding, answer.offset))
+        return scratch, self._pack((last[None], start, offset), [(0, padding)], [answer])
+
+    def _read_prefix(self, ids: TokenIds) -> Prefix:
+        pieces = pieces_of(ids, self.engine.max_read)
+        padding = len(pieces) * len(pieces[0]) - len(ids)
+        scratch = self._extend(pieces, len(pieces), padding, None)
+        return sampling.jit_prefix(self.definition, scratch, len(ids))
+
+    def _extend(
+        self, pieces: Sequence[np.ndarray], total: int, padding: int, offset: int | None
+    ) -> KVCache:
+        """A cache of one row, with room for `total` pieces, in which these have been read.
+
+        Args:
+            offset: length of the shared prefix before them; None: it is not there yet.
+        """
+        length = packing.power_of_two(total) * self.engine.max_read
+        scratch = sampling.jit_scratch(self.definition, length)
+        for piece in pieces:
+            scratch = sampling.jit_extend(
+                self.definition,
+                self.params,
+                scratch,
+                piece[None],
+                np.asarray([padding], np.int32),
+                None if offset is None else self.prefix,
+                np.asarray([offset or 0], np.int32),
+            )
+            self._count(0)
+        return scratch
+
+    # Writing answers
+
+    def _decode(self) -> Finished:
+        """Draw some tokens for all live answers."""
+        self._shrink()
+        self._fit(list(self.live.values()))
+        idle = np.asarray([slot not in self.live for slot in range(self.num_slots)])
+        wake = int(idle.sum()) + 1 if self.queue else self.num_slots
+        self.slots, found = sampling.jit_decode(
+            self.definition,
+            self.params,
+            self.slots._replace(done=shard_slots(self.engine.mesh, idle)),
+            self.prefix,
+            self.needs,
+            np.int32(self.steps),
+            np.int32(wake),
+        )
+        drawn = np.asarray(self.slots.drawn)
+        token, logprob, full = map(np.asarray, found)
+        total = 0
+        for slot, answer in self.live.items():
+            new = drawn[slot] - len(answer.ids)
+            answer.take(token[slot, :new], logprob[slot, :new], full[slot, :new])
+            total += int(new)
+        self._count(total)
+        yield from self._settle(dict(self.live))
+
+    def _shrink(self) -> None:
+        """Fewer slots, when the last answers fill few of them."""
+        parts = self.engine.mesh.shape["data"]
+        wanted = -(-packing.power_of_two(len(self.live)) // parts) * parts
+        if self.queue or wanted * _SHRINK > self.num_slots:
+            return
+        kept = list(self.live)
+        rows = np.asarray([*kept, *[kept[0]] * (wanted - len(kept))], np.int32)
+        self.slots = shard_slots(self.engine.mesh, sampling.jit_select(self.slots, rows))
+        self.live = dict(enumerate(self.live.values()))
+
+    def _count(self, new: int) -> None:
+        if self.progress:
+            self.progress(new)
+
+
+def pieces_of(ids: TokenIds, size: int) -> list[np.ndarray]:
+    """A text as pieces of `size` tokens, the first one filled up with zeros on the left."""
+    padded = np.zeros(-(-len(ids) // size) * size, np.int32)
+    padded[len(padded) - len(ids) :] = ids
+    return list(padded.reshape(-1, size))
+
+
+def _needs(answers: Sequence[Answer]) -> Needs:
+    asked = [a.request.sampling for a in answers]
+    return Needs(
+        drawn=any(s.temperature > 0 for s in asked),
+        top_k=any(s.top_k > 0 for s in asked),
+        top_p=any(s.top_p < 1 for s in asked),
+        min_p=any(s.min_p > 0 for s in asked),
+        penalised=any(s.presence_penalty or s.repetition_penalty != 1 for s in asked),
+    )
+
+
+def _limits(answers: Sequence[Answer], size: int, num_stops: int) -> Limits:
+    """Sampling parameters of the answers, repeated to `size` entries."""
+
+    def column(values: list[float], dtype: type) -> np.ndarray:
+        return np.resize(np.asarray(values, dtype), size)
+
+    asked = [a.request.sampling for a in answers]
+    floats = ("temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty")
+    stops = [[*a.stop_ids, *[-1] * (num_stops - len(a.stop_ids))] for a in answers]
+    return Limits(
+        **{name: column([getattr(s, name) for s in asked], np.float32) for name in floats},
+        top_k=column([s.top_k for s in asked], np.int32),
+        max_new_tokens=column([a.budget for a in answers], np.int32),
+        stop_ids=np.resize(np.asarray(stops, np.int32), (size, num_stops)),
+        seed=column([a.request.seed % 2**32 for a in answers], np.uint32),
+    )

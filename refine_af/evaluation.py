@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from refine_af import config as config_lib
 from refine_af import records, superni, tokens
 from refine_af.config import Sampling
-from refine_af.engine import Engine, Request
+from refine_af.engine import Engine
 from refine_af.models.transformer import Params
 from refine_af.progress import bar
+from refine_af.requests import Request
 from refine_af.seeds import EVALUATION_DIR
 from refine_af.superni import Task
 

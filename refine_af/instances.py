@@ -7,11 +7,11 @@ from pathlib import Path
 from refine_af import prompts, records, tokens
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment
-from refine_af.engine import Completion, Request
 from refine_af.models.transformer import Params
 from refine_af.progress import bar
 from refine_af.randomness import generator, seed_of
 from refine_af.records import Row
+from refine_af.requests import Completion, Request
 from refine_af.seeds import SeedTask
 
 ACCEPTED = "instances.jsonl"
@@ -35,7 +35,7 @@ class InstanceStage:
         first, _ = records.resume(paths)
         answers = self.config.instances.answers_per_instruction
         rows = min(size, len(self.instructions)) * answers
-        engine = self.base.engine(rows, self.config.ppo.lora)
+        engine = self.base.engine(rows)
         total = len(self.instructions)
         done = min(first * size, total)
         with bar("instances", total=total, unit="instruction", done=done) as progress:

@@ -11,12 +11,13 @@ import numpy as np
 
 from refine_af import records, tokens
 from refine_af.config import Experiment
-from refine_af.engine import Completion, Engine, Progress, Request
+from refine_af.engine import Engine, Progress
 from refine_af.models.transformer import Params
 from refine_af.novelty import NoveltyPool
 from refine_af.progress import bar
 from refine_af.randomness import generator, seed_of
 from refine_af.records import Row
+from refine_af.requests import Completion, Request
 from refine_af.seeds import SeedTask
 
 T = TypeVar("T")

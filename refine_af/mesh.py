@@ -1,5 +1,6 @@
 """The device mesh and the one table that maps the models' logical axes to mesh axes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,10 +12,11 @@ from refine_af.models import transformer
 from refine_af.models.config import LoraConfig, ModelConfig
 
 Axes = tuple[str, ...]
+Rule = str | tuple[str, ...] | None  # mesh axes, more than one in order
 
 BATCH_AXES = ("data", "fsdp")
 # Logical axis -> mesh axis. Every axis that a model names stands here exactly once.
-RULES: dict[str, str | None] = {
+RULES: dict[str, Rule] = {
     "embed": "fsdp",
     "vocab": "tensor",
     "heads": "tensor",
@@ -23,6 +25,13 @@ RULES: dict[str, str | None] = {
     "layers": None,
     "norm": None,
     "rank": None,
+}
+# For decoding: weights are cut over `fsdp` as over `tensor`, and stay where they are. Products of
+# parts are added up, which moves activations of single tokens instead of weights.
+SAMPLING_RULES: dict[str, Rule] = {
+    **RULES,
+    "embed": None,
+    **{axis: ("fsdp", "tensor") for axis in ("vocab", "heads", "kv_heads", "hidden")},
 }
 
 
@@ -48,38 +57,53 @@ def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.
 
 
 def spec(
-    axes: Axes, shape: tuple[int, ...], mesh: jax.sharding.Mesh, head_dim: int = 1
+    axes: Axes,
+    shape: tuple[int, ...],
+    mesh: jax.sharding.Mesh,
+    head_dim: int = 1,
+    rules: Mapping[str, Rule] = RULES,
 ) -> PartitionSpec:
     """Partition of an array with logical `axes`.
 
-    An axis that its mesh axis does not divide stays whole (3 kv heads on 2 devices, say). Heads
-    of `head_dim` entries are never cut.
+    An axis that its mesh axes do not divide is cut over the last of them, or stays whole (3 kv
+    heads on 2 devices, say). Heads of `head_dim` entries are never cut.
 
     Raises:
         ValueError: an axis has no rule, or two axes claim one mesh axis.
     """
-    unknown = [axis for axis in axes if axis not in RULES]
+    unknown = [axis for axis in axes if axis not in rules]
     if unknown:
         raise ValueError(f"logical axes {unknown} of {axes} have no sharding rule")
-    claimed = [RULES[axis] for axis in axes if RULES[axis] is not None]
+    claims = [_names(rules[axis]) for axis in axes]
+    claimed = [name for names in claims for name in names]
     if len(set(claimed)) != len(claimed):
         raise ValueError(f"logical axes {axes} map to the same mesh axis twice: {claimed}")
-    names = []
-    for axis, size in zip(axes, shape, strict=True):
-        name = RULES[axis]
+    parts = []
+    for axis, size, names in zip(axes, shape, claims, strict=True):
         pieces = size // head_dim if axis in ("heads", "kv_heads") else size
-        names.append(name if name is not None and pieces % mesh.shape[name] == 0 else None)
-    return PartitionSpec(*names)
+        while names and pieces % int(np.prod([mesh.shape[name] for name in names])):
+            names = names[1:]
+        parts.append(names[0] if len(names) == 1 else names or None)
+    return PartitionSpec(*parts)
+
+
+def _names(rule: Rule) -> tuple[str, ...]:
+    return (rule,) if isinstance(rule, str) else rule or ()
 
 
 def param_shardings(
-    model: ModelConfig, lora: LoraConfig | None, mesh: jax.sharding.Mesh, *, stacked: bool = True
+    model: ModelConfig,
+    lora: LoraConfig | None,
+    mesh: jax.sharding.Mesh,
+    *,
+    stacked: bool = True,
+    rules: Mapping[str, Rule] = RULES,
 ) -> tuple[Any, Any]:
     """(base, adapter) trees of shardings."""
 
     def sharding(leaf: tuple[jax.ShapeDtypeStruct, Axes]) -> NamedSharding:
         shape, axes = leaf
-        return NamedSharding(mesh, spec(axes, shape.shape, mesh, model.head_dim))
+        return NamedSharding(mesh, spec(axes, shape.shape, mesh, model.head_dim, rules))
 
     trees = transformer.logical_axes(model, lora, stacked=stacked)
     return tuple(
@@ -94,7 +118,7 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def keep_rows_split(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Inside traced code: first axes stay split over the batch axes, where these divide them."""
-    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    parts = batch_parts(mesh)
     sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
     def keep(x: jax.Array) -> jax.Array:
@@ -106,7 +130,7 @@ def keep_rows_split(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 def shard_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Put host arrays on the mesh, split along their first axis where that divides."""
-    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    parts = batch_parts(mesh)
 
     def put(x: Any) -> jax.Array:
         divides = np.ndim(x) > 0 and np.shape(x)[0] % parts == 0
@@ -115,3 +139,22 @@ def shard_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
         )
 
     return jax.tree.map(put, tree)
+
+
+def batch_parts(mesh: jax.sharding.Mesh) -> int:
+    """Parts that a training batch is divided into."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def slot_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Sharding of the sampler's arrays [B, ...], and of caches [B, K, ...], where those divide."""
+    rows = "data" if shape and shape[0] % mesh.shape["data"] == 0 else None
+    heads = (
+        spec(("kv_heads",), shape[1:2], mesh, rules=SAMPLING_RULES)[0] if len(shape) > 2 else None
+    )
+    return NamedSharding(mesh, PartitionSpec(*(rows, heads)[: len(shape)]))
+
+
+def shard_slots(mesh: jax.sharding.Mesh, tree: Any) -> Any:
+    """Put the sampler's arrays on the mesh."""
+    return jax.tree.map(lambda x: jax.device_put(x, slot_sharding(mesh, np.shape(x))), tree)

@@ -163,7 +163,7 @@ def evaluate(run: Run) -> bool:
     predictions = run.workdir / PREDICTIONS
     for arm, adapter in adapters.items():
         lora = run.config.sft.lora if adapter else None
-        engine = run.base.engine(options.batch_size, lora)
+        engine = run.base.engine(options.batch_size)
         params = run.base.for_sampling(adapter, lora)
         evaluation.predict(engine, params, asked, options, predictions, arm)
     evaluation.write_scores(tasks, predictions, run.workdir / SCORES)

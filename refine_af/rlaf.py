@@ -25,13 +25,13 @@ from refine_af import (
 )
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment
-from refine_af.engine import Completion, Request
 from refine_af.mesh import shard_batch
 from refine_af.models import heads
 from refine_af.models.transformer import Params
 from refine_af.progress import bar
 from refine_af.randomness import generator, key_of, seed_of
 from refine_af.records import Row
+from refine_af.requests import Completion, Request
 from refine_af.seeds import SeedTask
 from refine_af.training import TrainState
 
@@ -157,8 +157,12 @@ class RlafStage:
 
     def _sample(self, adapter: Params, requests: list[Request]) -> list[Completion]:
         options = self.config.ppo
-        engine = self.base.engine(options.batch_size, options.lora)
-        return engine.generate(self.base.for_sampling(adapter, options.lora), requests)
+        int8 = options.int8_weights
+        engine = self.base.engine(
+            options.batch_size, int8_weights=int8, int8_cache=options.int8_cache
+        )
+        params = self.base.for_sampling(adapter, options.lora, int8_weights=int8)
+        return engine.generate(params, requests)
 
     def _parse(
         self, instructions: Sequence[str], completions: Sequence[Completion]

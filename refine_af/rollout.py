@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from refine_af import logprobs, tokens
-from refine_af.engine import Completion, Request
 from refine_af.models import heads, transformer
 from refine_af.models.transformer import Definition, Params
+from refine_af.requests import Completion, Request
 
 
 class Rollout(NamedTuple):
@@ -116,7 +116,11 @@ def drift(completions: Sequence[Completion], reading: Reading) -> float:
     """Largest difference between the sampler's and the trainer's log-probabilities, nats."""
     trained = np.asarray(reading.logprobs)
     return max(
-        float(np.abs(np.asarray(c.logprobs) - trained[row, : len(c.logprobs)]).max(initial=0.0))
+        float(
+            np.abs(np.asarray(c.full_logprobs) - trained[row, : len(c.full_logprobs)]).max(
+                initial=0.0
+            )
+        )
         for row, c in enumerate(completions)
     )
 

@@ -1,11 +1,13 @@
 """Conversion both ways: bit-equal, whole or not at all, in little memory."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +21,7 @@ import torch
 import transformers
 from convert_7b import write_random
 from decoders import CONFIGS, noise, source_of, write_directory
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from refine_af.models import convert, hf, sources, transformer
 from refine_af.models.registry import PRESETS
@@ -30,9 +32,12 @@ PROMPT = {"prompt_token_ids": [5, 17, 3, 88, 42, 9, 60, 23, 71, 30, 4, 12]}  # p
 
 def program(name: str, *arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """Run a program; `before` is what the shell does first."""
-    command = [sys.executable, "-m", f"refine_af.launch.{name}", *arguments]
+    return python("-m", f"refine_af.launch.{name}", *arguments, before=before)
+
+
+def python(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["sh", "-c", f'{before}\nexec "$@"', "sh", *command],
+        ["sh", "-c", f'{before}\nexec "$@"', "sh", sys.executable, *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -59,65 +64,113 @@ def assert_bit_equal(first: Path, second: Path) -> None:
         np.testing.assert_array_equal(array, theirs[key], err_msg=key)
 
 
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What is logged as a warning, by transformers too, whose logger keeps to itself otherwise."""
+    transformers.utils.logging.enable_propagation()
+    with warnings.catch_warnings(), caplog.at_level("WARNING"):
+        warnings.simplefilter("error")
+        yield caplog
+    transformers.utils.logging.disable_propagation()
+
+
+def test_a_warning_of_transformers_would_be_seen(
+    tmp_path: Path, warned: pytest.LogCaptureFixture
+) -> None:
+    folder = families.copy("llama2", tmp_path / "model")
+    tensors = tensors_of(folder)
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert any("model.norm.weight" in record.getMessage() for record in warned.records)
+
+
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_there_and_back_is_bit_equal_and_transformers_takes_it(
-    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: str, tmp_path: Path, warned: pytest.LogCaptureFixture
 ) -> None:
     orbax, back = there_and_back(families.saved(family), tmp_path)
     assert_bit_equal(families.saved(family), back)
     for name in ("config.json", "generation_config.json"):
         read = [json.loads((d / name).read_text()) for d in (families.saved(family), orbax, back)]
         assert read[0] == read[1] == read[2]
-    with warnings.catch_warnings(), caplog.at_level("WARNING"):
-        warnings.simplefilter("error")
-        _, info = transformers.AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(back, output_loading_info=True)
     assert not any(info.values()), info
-    assert not caplog.records
+    assert not warned.records
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
 def test_an_export_from_memory_is_taken_without_a_warning(
-    family: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    family: str, tmp_path: Path, warned: pytest.LogCaptureFixture
 ) -> None:
     """Its config.json is of our making: it has to say the same as that of transformers."""
     source = sources.open_model(str(families.saved(family)))
     params = source.load()
     write_directory(source.config, params, tmp_path / "ours")
-    with warnings.catch_warnings(), caplog.at_level("WARNING"):
-        warnings.simplefilter("error")
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
-        )
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(info.values()), info
-    assert not caplog.records
+    assert not warned.records
     ids = torch.tensor([PROMPT["prompt_token_ids"]])
     with torch.no_grad():
         expected = families.build(family)(ids).logits
         assert torch.equal(model.eval()(ids).logits, expected)
 
 
-def test_generate_prints_the_same_tokens_for_both_forms(tmp_path: Path) -> None:
-    family = "gemma3"
-    orbax = tmp_path / "orbax"
-    run = program("convert", f"--source={families.saved(family)}", f"--target={orbax}")
-    assert (run.returncode, run.stdout.count("\n")) == (0, 1), run.stderr
+# The program `generate`, once for each list of arguments, in one process.
+GENERATE = """
+import json
+import sys
+
+from refine_af.launch import flags, generate
+
+for arguments in json.loads(sys.argv[1]):
+    sys.argv = ["generate", *arguments]
+    flags.start(generate.main, resumes=False)
+"""
+
+
+@pytest.mark.parametrize(
+    "names", [["gemma3"], pytest.param(list(families.CONFIGS), marks=pytest.mark.slow)], ids=len
+)
+def test_generate_prints_the_same_tokens_for_both_forms(names: list[str], tmp_path: Path) -> None:
+    """Those of transformers."""
     (tmp_path / "prompts.jsonl").write_text(json.dumps(PROMPT))
-    outputs = []
-    for i, model in enumerate((families.saved(family), orbax)):
-        target = tmp_path / f"{i}.jsonl"
-        run = program(
-            "generate",
-            f"--model={model}",
-            f"--prompts={tmp_path / 'prompts.jsonl'}",
-            f"--output={target}",
-            "--max_new_tokens=32",
-        )
-        assert run.returncode == 0, run.stderr
-        outputs.append(json.loads(target.read_text()))
-    assert outputs[0] == outputs[1]
+    runs = []
+    for name in names:
+        convert.convert(sources.open_model(str(families.saved(name))), tmp_path / name)
+        for kind, model in (("hf", families.saved(name)), ("orbax", tmp_path / name)):
+            output = f"--output={tmp_path}/{name}.{kind}.jsonl"
+            prompts = f"--prompts={tmp_path}/prompts.jsonl"
+            runs.append([f"--model={model}", prompts, output, "--max_new_tokens=32"])
+    run = python("-c", GENERATE, json.dumps(runs))
+    assert run.returncode == 0, run.stderr
     ids = torch.tensor([PROMPT["prompt_token_ids"]])
-    expected = families.build(family).generate(ids, max_new_tokens=32, do_sample=False)
-    assert outputs[0]["token_ids"] == expected[0, ids.shape[1] :].tolist()
+    for name in names:
+        rows = [
+            json.loads((tmp_path / f"{name}.{kind}.jsonl").read_text()) for kind in ("hf", "orbax")
+        ]
+        assert rows[0] == rows[1], name
+        expected = families.build(name).generate(ids, max_new_tokens=32, do_sample=False)
+        assert rows[0]["token_ids"] == expected[0, ids.shape[1] :].tolist(), name
+
+
+def test_convert_says_in_one_line_what_it_wrote(tmp_path: Path) -> None:
+    """In the home directory, if that is what `~` in the target means."""
+    run = program(
+        "convert",
+        f"--source={families.saved('gemma3')}",
+        "--target=~/orbax",
+        before=f"HOME={tmp_path}; export HOME; cd {tmp_path}",
+    )
+    assert run.returncode == 0, run.stderr
+    size = sum(array.nbytes for array in tensors_of(families.saved("gemma3")).values()) / 1e9
+    assert run.stdout == (
+        f"{tmp_path}/orbax: an Orbax directory, {size:.2f} GB of weights; "
+        "no tokenizer was found in the source\n"
+    )
+    assert (tmp_path / "orbax/params").is_dir()
 
 
 @pytest.mark.parametrize("family", families.CONFIGS)
@@ -176,6 +229,17 @@ def test_weights_of_a_source_with_a_tokenizer_keep_it(tmp_path: Path) -> None:
     assert not (back / "evil.py").exists()
 
 
+def test_an_unreadable_file_beside_the_weights_is_named_as_the_source_s(tmp_path: Path) -> None:
+    folder = families.copy("llama2", tmp_path / "model")
+    (folder / "LICENSES").mkdir()  # a directory is none of the files
+    convert.convert(sources.open_model(str(folder)), tmp_path / "first")
+    (folder / "LICENSE").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError) as error:
+        convert.convert(sources.open_model(str(folder)), tmp_path / "second")
+    assert str(error.value) == f"{folder}/LICENSE: cannot be read (No such file or directory)"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "model"]
+
+
 # Whole or not at all
 
 
@@ -199,6 +263,60 @@ def test_overwrite_never_removes_what_is_no_model(tmp_path: Path) -> None:
     assert (tmp_path / "photos/cat.png").exists()
 
 
+def content(folder: Path) -> dict[Path, bytes]:
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_lies_beside_the_target_stays(tmp_path: Path) -> None:
+    source = sources.open_model(str(families.saved("llama2")))
+    for name in ("m.old", "m.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    for _ in range(2):
+        convert.convert(source, tmp_path / "m", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.old", "m.partial"]
+    assert (tmp_path / "m.old/mine").exists() and (tmp_path / "m.partial/mine").exists()
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_failed_rename_keeps_the_old_model(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes back to its place; where the disk does not take that either, both are kept."""
+    source, target = sources.open_model(str(families.saved("llama2"))), tmp_path / "m"
+    convert.convert(source, target)
+    before, rename, count = content(target), Path.rename, iter(range(failures))
+
+    def fail(self: Path, to: Path) -> Path:
+        if to == target and next(count, None) is not None:
+            raise OSError(errno.EIO, "broken", str(self))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="broken") as error:
+        convert.convert(source, target, dtype="bfloat16", overwrite=True)
+    if failures == 1:
+        assert [path.name for path in tmp_path.iterdir()] == ["m"]
+        assert content(target) == before
+    else:
+        (private,) = tmp_path.iterdir()
+        assert content(private / "old") == before
+        assert json.loads((private / "new/config.json").read_text())["dtype"] == "bfloat16"
+        assert str(private / "old") in str(error.value)
+
+
+def test_of_two_programs_with_one_target_the_second_is_refused(tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    with (
+        pytest.raises(ValueError, match="m: exists; give another target"),
+        convert.staged(target, overwrite=False) as slow,
+    ):
+        with convert.staged(target, overwrite=False) as fast:
+            (fast / "config.json").write_text("fast")
+        (slow / "config.json").write_text("slow")
+    assert content(tmp_path) == {Path("m/config.json"): b"fast"}
+
+
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
 def test_a_target_appears_only_when_it_is_complete(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,7 +330,7 @@ def test_a_target_appears_only_when_it_is_complete(
         source = sources.open_model(str(tmp_path / "source"))
     target = tmp_path / "target"
     convert.convert(source, target)
-    before = {p: p.read_bytes() for p in target.rglob("*") if p.is_file()}
+    before, names = content(target), set(tmp_path.iterdir())
     count = iter(range(3))
 
     def progress(_: int) -> None:
@@ -221,8 +339,8 @@ def test_a_target_appears_only_when_it_is_complete(
 
     with pytest.raises(RuntimeError, match="stopped"):
         convert.convert(source, target, overwrite=True, progress=progress)
-    assert {p: p.read_bytes() for p in target.rglob("*") if p.is_file()} == before
-    assert not list(tmp_path.glob("target.*"))
+    assert content(target) == before
+    assert set(tmp_path.iterdir()) == names
 
 
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
@@ -232,6 +350,7 @@ def test_a_full_disk_is_one_clear_line(kind: str, tmp_path: Path) -> None:
     if kind == "orbax":
         source = tmp_path / "source"
         convert.convert(sources.open_model(str(families.saved("llama2"))), source)
+    names = set(tmp_path.iterdir())
     run = program(
         "convert",
         f"--source={source}",
@@ -239,10 +358,32 @@ def test_a_full_disk_is_one_clear_line(kind: str, tmp_path: Path) -> None:
         before="ulimit -f 8",  # blocks of 512 bytes
     )
     assert run.returncode == 2, run.stderr
+    (line,) = [line for line in run.stderr.splitlines() if "error: " in line]
+    assert line.startswith(f"error: {tmp_path / 'target'}: cannot be written (")
+    assert "File too large" in line
     assert "Traceback" not in run.stderr
-    assert f"error: {tmp_path / 'target'}: cannot be written (" in run.stderr
-    assert "File too large" in run.stderr
-    assert not list(tmp_path.glob("target*"))
+    assert names == set(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["truncated", "misfits"])
+def test_a_source_that_does_not_fit_is_one_line_and_no_target(fault: str, tmp_path: Path) -> None:
+    folder = families.copy("llama2", tmp_path / "source")
+    file = folder / "model.safetensors"
+    if fault == "truncated":
+        file.write_bytes(file.read_bytes()[:-1])
+        expected = [f"error: {file}: not a readable safetensors file ("]
+    else:
+        tensors = tensors_of(folder) | {"lm_head.weight": np.zeros((3, 24), np.float32)}
+        del tensors["model.norm.weight"]
+        save_file(tensors, file)
+        expected = [f"error: {folder}: tensors do not fit", "missing model.norm.weight"]
+        expected += ["lm_head.weight has shape (3, 24), expected (97, 24)"]
+    run = program("convert", f"--source={folder}", f"--target={tmp_path / 'target'}")
+    assert (run.returncode, run.stdout) == (2, "")
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(expected[0])
+    assert all(text in line for text in expected)
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_too_little_space_is_said_before_anything_is_written(

@@ -13,12 +13,13 @@ import pytest
 from refine_af import config as config_lib
 from refine_af import logprobs, mesh, tokens
 from refine_af.config import Sampling
-from refine_af.engine import Completion, Engine, Request
+from refine_af.engine import Engine
 from refine_af.models import transformer
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.registry import PRESETS
 from refine_af.models.transformer import Params, define
+from refine_af.requests import Completion, Request
 
 TINY = PRESETS["tiny"]
 TOKENIZER = byte_tokenizer()
@@ -31,8 +32,8 @@ def one_device() -> jax.sharding.Mesh:
     return mesh.make_mesh(config_lib.Mesh(), jax.devices()[:1])
 
 
-def engine(batch_size: int = 3, **changes: Any) -> Engine:
-    made = Engine(TINY, TOKENIZER, one_device(), eos_ids=(EOS,), batch_size=batch_size)
+def engine(num_slots: int = 3, **changes: Any) -> Engine:
+    made = Engine(TINY, TOKENIZER, one_device(), eos_ids=(EOS,), num_slots=num_slots)
     return dataclasses.replace(made, **changes)
 
 
@@ -71,7 +72,7 @@ def varied_requests() -> tuple[Request, ...]:
 
 @functools.cache
 def varied_completions() -> tuple[Completion, ...]:
-    """Those of `varied_requests`, in one batch with two idle rows, on one device."""
+    """Those of `varied_requests`, all at once with two idle slots, on one device."""
     return tuple(engine(8).generate(tiny_params(), varied_requests()))
 
 
@@ -82,10 +83,10 @@ def ids_of(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_tokens_do_not_depend_on_batch_size_neighbours_or_order(batch_size: int) -> None:
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_tokens_do_not_depend_on_slots_neighbours_or_order(num_slots: int) -> None:
     for turn in (1, -1):
-        completions = engine(batch_size).generate(tiny_params(), varied_requests()[::turn])
+        completions = engine(num_slots).generate(tiny_params(), varied_requests()[::turn])
         assert ids_of(completions[::turn]) == ids_of(varied_completions())
 
 
@@ -125,7 +126,7 @@ def test_progress_adds_up_to_the_number_of_tokens() -> None:
     calls: list[int] = []
     completions = engine().generate(tiny_params(), varied_requests(), calls.append)
     assert sum(calls) == sum(len(completion.token_ids) for completion in completions)
-    assert len(calls) == 4, "one for each chunk of both batches"
+    assert len(calls) > 4, "the bar moves all the time"
 
 
 # A model of one layer of zeros knows the last token only: it can be made to say any text.
@@ -222,6 +223,12 @@ def test_a_stop_string_of_several_bytes_needs_them_all() -> None:
     assert completion.token_ids == encode("b\u00e9")
 
 
+def test_a_request_has_stop_tokens_of_its_own() -> None:
+    completion = listen("abcdefg", stop_token_ids=encode("xe"))
+    assert (completion.text, completion.finish_reason) == ("bcd", "stop")
+    assert completion.token_ids == encode("bcde")
+
+
 def test_rows_stop_each_in_its_own_way() -> None:
     """One batch: an end token, a stop string, a length."""
     config, params = says(LETTERS)
@@ -260,11 +267,32 @@ def test_prompts_that_cannot_be_answered_are_refused(length: int, message: str) 
     assert str(error.value) == message
 
 
+def test_a_stream_answers_what_can_be_answered() -> None:
+    """Rows with a fault come back with it, the others as if they were alone."""
+    good = varied_requests()[0]
+    odd = Request((5, TINY.vocab_size), SAMPLING)
+    found = dict(engine().stream(tiny_params(), [Request((), SAMPLING), good, odd]))
+    assert found[1].token_ids == varied_completions()[0].token_ids
+    assert (found[0].finish_reason, found[0].error) == ("error", "the prompt is empty")
+    assert found[2].error == "token id 260 in the prompt: expected 0 to 259"
+
+
+def test_a_stream_gives_completions_as_they_finish() -> None:
+    """Two slots: the first one is taken over as soon as its short answer is whole."""
+    lengths = (100, 1, 2, 3)
+    asked = [
+        Request(r.prompt_ids, dataclasses.replace(SAMPLING, max_new_tokens=n))
+        for r, n in zip(varied_requests(), lengths, strict=False)
+    ]
+    order = [number for number, _ in engine(2, eos_ids=()).stream(tiny_params(), asked)]
+    assert order == [3, 2, 1, 0]
+
+
 # Log-probabilities
 
 
-def test_logprobs_are_those_of_scoring_the_text_afterwards() -> None:
-    """Sampler (cache, left padding, top-p) and trainer (right padding) see one distribution."""
+def test_full_logprobs_are_those_of_scoring_the_text_afterwards() -> None:
+    """Sampler (packed prompts, cache, top-p) and trainer (padded rows) see one distribution."""
     completions = varied_completions()
     for request, completion in zip(varied_requests(), completions, strict=True):
         row = np.asarray([request.prompt_ids + completion.token_ids])
@@ -272,8 +300,28 @@ def test_logprobs_are_those_of_scoring_the_text_afterwards() -> None:
         temperature = request.sampling.temperature or 1.0
         scored = score(tiny_params(), tokens.pad_right(row.tolist(), 256), temperature)
         np.testing.assert_allclose(
-            completion.logprobs, scored[0, first - 1 : row.size - 1], atol=1e-4, rtol=0
+            completion.full_logprobs, scored[0, first - 1 : row.size - 1], atol=1e-4, rtol=0
         )
+        plain = request.sampling.top_p == 1 and not request.sampling.top_k
+        assert np.allclose(completion.logprobs, completion.full_logprobs, atol=1e-5) == plain
+
+
+def test_logprobs_are_those_of_the_distribution_drawn_from() -> None:
+    """The scorer's logits, narrowed by a sort in numpy."""
+    request, completion = varied_requests()[3], varied_completions()[3]
+    assert request.sampling.top_k == 20
+    row = np.asarray([request.prompt_ids + completion.token_ids])
+    logits = np.asarray(logits_of(tiny_params(), row))[0, len(request.prompt_ids) - 1 : -1] / 0.8
+    kept = np.sort(logits, axis=-1)[:, -20:]
+    ids = np.asarray(completion.token_ids)
+    expected = logits[np.arange(len(ids)), ids] - np.log(np.exp(kept).sum(-1))
+    np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4, rtol=0)
+
+
+@jax.jit
+def logits_of(params: Params, row: jax.Array) -> jax.Array:
+    model = transformer.bind(define(TINY, stacked=False), params)
+    return model.logits(model(row, jnp.zeros(1, jnp.int32))[0])
 
 
 @jax.jit

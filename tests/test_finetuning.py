@@ -22,11 +22,11 @@ from refine_af import config as config_lib
 from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment, Sampling, Sft
 from refine_af.configs import tiny
-from refine_af.engine import Request
 from refine_af.finetuning import Examples, FinetuningStage, encode, pad
 from refine_af.models import hf, lora, transformer
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.registry import PRESETS
+from refine_af.requests import Request
 
 TINY = PRESETS["tiny"]
 TOKENIZER = byte_tokenizer()

@@ -12,19 +12,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from decoders import CONFIGS, LLAMA, MISTRAL, random_params, write_directory
+from decoders import CONFIGS, LLAMA, random_params, write_directory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from transformers import CONFIG_MAPPING
 
-from refine_af.config import Mesh
-from refine_af.mesh import make_mesh, param_shardings
-from refine_af.models import hf, hf_config, sources
+from refine_af.launch import flags
+from refine_af.models import hf, hf_config, registry, sources
 from refine_af.models.config import LinearRope, Llama3Rope, ModelConfig
-from refine_af.models.hf import HfWeights
 from refine_af.models.transformer import Params
-from refine_af.models.weights import Index, flat
+from refine_af.models.weights import expected_shapes, flat
 
 DTYPES = {"dtype": "float32", "param_dtype": "float32"}
 
@@ -73,6 +71,11 @@ BASE = {
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
+def llama3_rope(**changes: Any) -> dict[str, Any]:
+    rope = {"rope_type": "llama3", "original_max_position_embeddings": 64, **LLAMA3}
+    return {"rope_scaling": rope | changes}
+
+
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
@@ -82,14 +85,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
             {"rope_scaling": LinearRope(4.0)},
         ),
         (
-            {
-                "model_type": "llama",
-                "rope_scaling": {
-                    "rope_type": "llama3",
-                    "original_max_position_embeddings": 64,
-                    **LLAMA3,
-                },
-            },
+            {"model_type": "llama", **llama3_rope()},
             {"rope_scaling": Llama3Rope(**LLAMA3, original_positions=64)},
         ),
         ({"model_type": "llama", "num_key_value_heads": None}, {"num_kv_heads": 4}),
@@ -139,14 +135,48 @@ def test_older_spellings_and_defaults_are_those_of_transformers(
     [
         ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; expected one of ['gemma2'"),
         ({"model_type": "mixtral"}, "model_type='mixtral' is not supported"),
-        ({"model_type": "gemma3"}, "model_type='gemma3' is not supported"),
+        ({"model_type": "gemma3"}, "model_type='gemma3' is not supported; expected one of"),
+        (
+            {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}},
+            "model_type='gemma3' is not supported (with a text_config; only text models are read)",
+        ),
         ({"model_type": ["llama"]}, "model_type=['llama'] is not supported"),
+        ({"model_type": None}, "model_type=None is not supported"),
         ({"num_local_experts": 8}, "not supported: num_local_experts=8"),
         ({"quantization_config": {"bits": 4}}, "not supported: quantization_config={'bits': 4}"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supp"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic' is not supp"),
         ({"rope_parameters": {"rope_type": "foo"}}, "rope type 'foo' is not supported"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' lacks 'factor'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        ({"rope_theta": "x"}, "rope type 'default': rope_theta='x': expected a number"),
+        ({"rope_theta": 0}, "rope_theta=0.0: expected a number above 0"),
+        ({"rope_theta": float("inf")}, "rope type 'default': rope_theta=inf: expected a number"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": "x"}},
+            "rope type 'linear': factor='x': expected a number",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+            "LinearRope.factor=0.0: expected a number above 0",
+        ),
+        (llama3_rope(factor=[8]), "rope type 'llama3': factor=[8]: expected a number"),
+        (llama3_rope(factor=0), "Llama3Rope.factor=0.0: expected a number above 0"),
+        (
+            llama3_rope(low_freq_factor=4.0),
+            "low_freq_factor=4.0 must be above 0 and below high_freq_factor=4.0",
+        ),
+        (
+            llama3_rope(low_freq_factor=0.0),
+            "low_freq_factor=0.0 must be above 0 and below high_freq_factor=4.0",
+        ),
+        (
+            llama3_rope(original_max_position_embeddings=0),
+            "Llama3Rope.original_positions=0: expected at least 1",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_local_base_freq": "x"},
+            "rope type 'default': rope_theta='x': expected a number",
+        ),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_"),
         ({"hidden_act": "gelu"}, "not supported: hidden_act='gelu'"),
         ({"attention_bias": True, "mlp_bias": True}, "attention_bias=True, mlp_bias=True"),
@@ -175,8 +205,35 @@ def test_what_would_change_the_numbers_is_refused_before_any_weight_is_read(
     with pytest.raises(ValueError) as error:
         sources.open_model(str(tmp_path))
     assert message in str(error.value)
-    assert "config.json" in str(error.value) or "ModelConfig" in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path}/config.json: ")
     assert "\n" not in str(error.value)
+
+
+def test_an_integer_too_long_for_python_is_no_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"vocab_size": ' + "9" * 5000 + "}")
+    with pytest.raises(ValueError, match=r"config\.json: not valid JSON"):
+        sources.open_model(str(tmp_path))
+
+
+NUMBERS = st.integers(-2, 9) | st.just(10**400) | st.floats()
+SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=3)
+ROPE_KEYS = ("rope_type", "rope_theta", "original_max_position_embeddings", *LLAMA3)
+
+
+@given(data=st.data())
+def test_any_value_is_read_or_refused_in_one_line_of_ours(data: st.DataObject) -> None:
+    value = data.draw(SCALARS | st.lists(SCALARS, max_size=2))
+    raw = BASE | {"model_type": data.draw(st.sampled_from(sorted(registry.FAMILIES)))}
+    if data.draw(st.booleans()):
+        raw |= llama3_rope(**{data.draw(st.sampled_from(ROPE_KEYS)): value})
+    else:
+        keys = (*raw, "rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters")
+        raw[data.draw(st.sampled_from(keys))] = value
+    try:
+        parse(raw)
+    except ValueError as error:
+        assert flags._is_for_user(error)
+        assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +341,25 @@ def test_weights_in_parts_are_those_that_the_index_names(tmp_path: Path) -> None
         sources.open_model(str(tmp_path))
 
 
+def test_a_whole_model_is_read_without_the_copies_beside_it(tmp_path: Path) -> None:
+    write_directory(LLAMA, random_params(LLAMA), tmp_path)
+    for name in ("consolidated", "adapter_model"):
+        save_file({"odd": np.zeros(1)}, tmp_path / f"{name}.safetensors")
+    assert_same_trees(sources.open_model(str(tmp_path)).load(), random_params(LLAMA))
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    write_directory(LLAMA, random_params(LLAMA), tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "a.safetensors")
+    save_file({"model.norm.weight": np.zeros(24, np.float32)}, tmp_path / "b.safetensors")
+    with pytest.raises(ValueError) as error:
+        sources.open_model(str(tmp_path))
+    assert str(error.value) == (
+        f"{tmp_path}: tensors do not fit config.json: "
+        "model.norm.weight is in a.safetensors and b.safetensors"
+    )
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
 def test_a_broken_index_is_named(text: str, tmp_path: Path) -> None:
     write_directory(LLAMA, random_params(LLAMA), tmp_path)
@@ -304,7 +380,7 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_weights_file_is_one_clear_line(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Cut anywhere, or with bytes of its header changed: a ValueError or the same model's shapes."""
+    """Cut anywhere, or with bytes of its header changed: an error, or a model of these shapes."""
     folder = tmp_path_factory.mktemp("damaged")
     write_directory(LLAMA, random_params(LLAMA), folder)
     path = folder / "model.safetensors"
@@ -316,37 +392,10 @@ def test_a_damaged_weights_file_is_one_clear_line(
         content[at : at + 4] = data.draw(st.binary(min_size=4, max_size=4))
     path.write_bytes(content)
     try:
-        sources.open_model(str(folder)).load()
+        loaded = sources.open_model(str(folder)).load()
     except ValueError as error:
         assert str(folder) in str(error)
         assert "\n" not in str(error)
+    else:
+        assert {path: leaf.shape for path, leaf in flat(loaded)} == expected_shapes(LLAMA)
     shutil.rmtree(folder)
-
-
-# Onto a mesh
-
-
-def test_each_device_reads_its_own_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = dataclasses.replace(MISTRAL, num_heads=4, num_kv_heads=2, vocab_size=96)
-    write_directory(config, random_params(config), tmp_path)
-    devices = make_mesh(Mesh(fsdp=4, tensor=2))
-    shardings = param_shardings(config, None, devices)[0]
-    sizes: dict[str, list[int]] = {}
-    read = HfWeights.read
-
-    def spy(self: HfWeights, path: str, index: Index) -> np.ndarray:
-        piece = read(self, path, index)
-        sizes.setdefault(path, []).append(piece.size)
-        return piece
-
-    monkeypatch.setattr(HfWeights, "read", spy)
-    placed = sources.open_model(str(tmp_path)).load(shardings)
-    jax.tree.map(np.testing.assert_array_equal, placed, random_params(config))
-    for path, array in flat(placed):
-        shard = array.addressable_shards[0].data.size
-        assert set(sizes[path]) == {shard}, path
-        assert sum(sizes[path]) == array.size, "a shard that several devices hold is read once"
-    assert (
-        sizes["layers/attention/q/kernel"][0]
-        == placed["layers"]["attention"]["q"]["kernel"].size // 8
-    )

@@ -14,10 +14,10 @@ import pytest
 from refine_af import config as config_lib
 from refine_af import dataset, instances, prompts, records, seeds
 from refine_af.configs import tiny
-from refine_af.engine import Completion, Request
 from refine_af.instances import InstanceStage, fault, select
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.prompts import parse_instance
+from refine_af.requests import Completion, Request
 from refine_af.seeds import Instance, SeedTask
 
 # The prompt

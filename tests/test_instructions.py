@@ -13,9 +13,9 @@ import pytest
 
 from refine_af import instructions, novelty, records, seeds
 from refine_af.configs import tiny
-from refine_af.engine import Completion, Request
 from refine_af.instructions import InstructionStage, build_prompt, parse, unusable
 from refine_af.models.byte_tokenizer import byte_tokenizer
+from refine_af.requests import Completion, Request
 
 # The prompt
 

@@ -333,29 +333,92 @@ def test_generate_prints_the_continuation_of_one_prompt(program: Program) -> Non
     assert program(*GENERATE, "--prompt=ab")[:2] == (0, "bbbbbb\n")
 
 
-IDS = "prompt_token_ids must be integers from 0 to 259"
+IDS = "prompt_token_ids must be a list of integers"
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("line", "message"),
     [
-        ({}, "row 1: expected a string 'prompt' or 'prompt_token_ids'"),
-        ({"prompt": 3}, "row 1: expected a string 'prompt' or 'prompt_token_ids'"),
-        ({"prompt_token_ids": 3}, f"row 1: {IDS}"),
-        ({"prompt_token_ids": [260]}, f"row 1: {IDS}"),
-        ({"prompt": "a", "top_p": 0}, "row 1: top_p=0.0: expected in (0, 1]"),
-        ({"prompt": "a", "temperature": "hot"}, "row 1: temperature='hot': expected float"),
-        ({"prompt": "a", "stop": 5}, "row 1: stop=5: expected strings"),
-        ({"prompt": "a", "max_new_tokens": 2.5}, "row 1: max_new_tokens=2.5: expected int"),
-        ({"prompt": "a", "seed": None}, "row 1: seed=None: expected int"),
+        (b"{}", "expected a string 'prompt' or 'prompt_token_ids'"),
+        (b'{"prompt": 3}', "expected a string 'prompt' or 'prompt_token_ids'"),
+        (b'{"prompt": ""}', "the prompt is empty"),
+        (b'{"prompt_token_ids": 3}', IDS),
+        (b'{"prompt_token_ids": [1.5]}', IDS),
+        (b'{"prompt_token_ids": [260]}', "token id 260 in the prompt: expected 0 to 259"),
+        (b'{"prompt": "a", "top_p": 0}', "top_p=0.0: expected in (0, 1]"),
+        (b'{"prompt": "a", "min_p": 2}', "min_p=2.0: expected in [0, 1]"),
+        (b'{"prompt": "a", "temperature": "hot"}', "temperature='hot': expected float"),
+        (b'{"prompt": "a", "temperature": -1}', "temperature=-1.0: expected >= 0"),
+        (b'{"prompt": "a", "stop": 5}', "stop=5: expected a list of str"),
+        (b'{"prompt": "a", "stop_token_ids": "x"}', "stop_token_ids='x': expected a list of int"),
+        (b'{"prompt": "a", "max_new_tokens": 2.5}', "max_new_tokens=2.5: expected int"),
+        (b'{"prompt": "a", "max_new_tokens": 0}', "max_new_tokens=0: expected at least 1"),
+        (b'{"prompt": "a", "seed": null}', "seed=None: expected int"),
+        (b'{"prompt": "\xff"}', "line 2 is not UTF-8 (invalid start byte at byte 12)"),
+        (b"[1]", "line 2 is not a JSON object"),
+        (b'{"prompt": "a"', "line 2 is not valid JSON (Expecting ',' delimiter: line 1 column 15"),
     ],
 )
-def test_generate_names_a_row_that_it_cannot_use(
-    row: dict[str, Any], message: str, program: Program, tmp_path: Path
+def test_generate_answers_a_row_that_it_cannot_use_with_the_error(
+    line: bytes, message: str, program: Program, tmp_path: Path
 ) -> None:
-    prompts, output = jsonl(tmp_path / "rows", {"prompt": "fine"}, row), tmp_path / "out"
-    assert program(*GENERATE, f"--prompts={prompts}", f"--output={output}") == refused(message)
-    assert not output.exists()
+    """The rows around it are answered; the exit status says that not all was well."""
+    good = b'{"prompt": "ab"}'
+    prompts, output = tmp_path / "rows", tmp_path / "out"
+    prompts.write_bytes(b"\n".join([good, line, good]))
+    code, out, err = program(*GENERATE, f"--prompts={prompts}", f"--output={output}")
+    assert (code, out) == (2, "")
+    assert f"error: {output}: 1 of 3 rows hold an error, the first: row 1: {message}" in err
+    first, faulty, last = records.read_rows(output)
+    assert first == last and first["completion"] == "bbbbbb"
+    assert (faulty["finish_reason"], faulty["completion"]) == ("error", "")
+    assert faulty["error"].startswith(f"row 1: {message}")
+
+
+def test_generate_draws_samples_of_each_row_in_any_order(program: Program, tmp_path: Path) -> None:
+    prompts = jsonl(tmp_path / "rows", {"prompt": "ab"}, {"prompt": "c", "max_new_tokens": 1})
+    options = ("--temperature=5", "--top_p=0.9", "--num_samples=3", "--full_logprobs")
+    found = {}
+    for name in ("noas_completed", "as_completed"):
+        output = tmp_path / name
+        assert (
+            program(*GENERATE, *options, f"--{name}", f"--prompts={prompts}", f"--output={output}")[
+                0
+            ]
+            == 0
+        )
+        found[name] = records.read_rows(output)
+    in_order, as_completed = found.values()
+    assert [row["prompt"] for row in in_order] == ["ab"] * 3 + ["c"] * 3
+    assert [row.pop("row") for row in as_completed] == [1, 1, 1, 0, 0, 0]
+    assert sorted(map(json.dumps, as_completed)) == sorted(map(json.dumps, in_order))
+    assert len({tuple(row["token_ids"]) for row in in_order[:3]}) == 3
+    assert all(
+        a > b
+        for row in in_order
+        for a, b in zip(row["logprobs"], row["full_logprobs"], strict=True)
+    )
+
+
+def test_generate_says_what_is_wrong_with_one_prompt(program: Program) -> None:
+    assert program(*GENERATE, "--prompt=a", "--top_k=-1") == refused(
+        "row 0: top_k=-1: expected at least 0"
+    )
+
+
+@pytest.mark.parametrize("option", ["int8_weights", "int8_cache"])
+def test_generate_with_int8_says_much_the_same(
+    option: str, program: Program, tmp_path: Path
+) -> None:
+    prompts = jsonl(tmp_path / "rows", {"prompt": "ab", "max_new_tokens": 2})
+    rows = []
+    for name in (f"no{option}", option):
+        files = (f"--prompts={prompts}", f"--output={tmp_path / name}")
+        assert program(*GENERATE, f"--{name}", *files)[0] == 0
+        rows += records.read_rows(tmp_path / name)
+    assert rows[0]["token_ids"] == rows[1]["token_ids"]
+    assert rows[0]["logprobs"] != rows[1]["logprobs"]
+    assert rows[0]["logprobs"] == pytest.approx(rows[1]["logprobs"], abs=0.02)
 
 
 def test_score_adds_the_reward_and_its_components(program: Program, tmp_path: Path) -> None:

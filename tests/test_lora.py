@@ -17,12 +17,13 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from safetensors.numpy import load_file, save_file
 
 from refine_af.config import Mesh, Sampling
-from refine_af.engine import Engine, Request
+from refine_af.engine import Engine
 from refine_af.mesh import make_mesh
 from refine_af.models import lora, sources, transformer
 from refine_af.models.config import LoraConfig
 from refine_af.models.transformer import Definition, Params, define
 from refine_af.models.weights import flat, get
+from refine_af.requests import Request
 
 LORA = LoraConfig(rank=3, alpha=6.0, pattern="q|v|down")
 
@@ -127,7 +128,7 @@ def test_the_engine_samples_with_an_adapter_as_with_its_merged_weights() -> None
 
 # PEFT's files
 
-FAMILIES = ["llama3.2", "qwen2.5", "gemma2"]
+FAMILIES = ["llama3.2", "mistral-v0.1", "qwen2.5", "qwen3", "gemma2", "gemma3"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -152,7 +153,11 @@ def test_peft_loads_what_we_write(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_we_read_what_peft_writes(family: str, tmp_path: Path) -> None:
     options = peft.LoraConfig(
-        r=4, lora_alpha=12, target_modules=["o_proj", "k_proj", "gate_proj"], bias="none"
+        r=4,
+        lora_alpha=12,
+        target_modules=["o_proj", "k_proj", "gate_proj"],
+        bias="none",
+        init_lora_weights="gaussian",
     )
     model = peft.get_peft_model(families.build(family), options).eval()
     torch.manual_seed(0)
@@ -183,6 +188,12 @@ def written(tmp_path: Path) -> Path:
         ({"peft_type": "IA3"}, "peft_type='IA3' is no LoRA"),
         ({"use_dora": True}, "not supported: {'use_dora': True}"),
         ({"rank_pattern": {"q_proj": 2}}, "not supported: {'rank_pattern'"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "not supported: {'layer_replication'"),
+        ({"alora_invocation_tokens": [7]}, "not supported: {'alora_invocation_tokens': [7]}"),
+        *(
+            ({"init_lora_weights": name}, f"not supported: {{'init_lora_weights': '{name}'}}")
+            for name in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga")
+        ),
         ({"r": 2}, "lora_A.weight has shape (3, 24), expected (2, 24)"),
         ({"r": "many"}, "adapter_config.json: r='many', lora_alpha=6.0: expected numbers"),
     ],

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +17,12 @@ import transformers
 from families import WINDOW
 from safetensors.numpy import load_file
 
-from refine_af import sampling, tokens
+from refine_af import tokens
 from refine_af.config import Mesh, Sampling
 from refine_af.engine import Engine, Request
 from refine_af.mesh import make_mesh
 from refine_af.models import hf, registry, sources, transformer
+from refine_af.models.cache import resize
 from refine_af.models.config import ModelConfig
 from refine_af.models.sources import Source
 from refine_af.models.transformer import Definition, Params, define
@@ -111,7 +114,7 @@ def test_greedy_text_agrees(model: Model) -> None:
     """64 tokens, past every window, in one left-padded batch here and row by row there."""
     prompts = [random_tokens(1, length)[0] for length in (3, WINDOW - 1, SEQUENCE)]
     mesh = make_mesh(Mesh(), jax.devices()[:1])
-    engine = Engine(model.config, None, mesh, eos_ids=(), batch_size=4)
+    engine = Engine(model.config, None, mesh, eos_ids=(), num_slots=4)
     greedy = Sampling(temperature=0.0, max_new_tokens=64)
     requests = [Request(tuple(prompt.tolist()), greedy) for prompt in prompts]
     completions = engine.generate(transformer.unstack_layers(model.params), requests)
@@ -134,27 +137,41 @@ def test_padded_batches_agree(model: Model) -> None:
         np.testing.assert_allclose(row[first : first + SEQUENCE], expected, atol=1e-4, rtol=0)
 
 
-EDGES = (5, WINDOW - 1, WINDOW, WINDOW + 1, 63, 64, 65)  # of the window and of a bucket
+# Prompt lengths on both sides of the edges: of the window and of the first bucket in every family,
+# of all buckets up to the one that begins after 768 in one with and in one without a window.
+EDGES = (5, WINDOW - 1, WINDOW, WINDOW + 1, 63, 64, 65)
+FAR_EDGES = sorted({n + beyond for n in map(tokens.bucket, range(64, 769)) for beyond in (0, 1)})
+
+
+def assert_cached_decode_agrees(model: Model, lengths: Iterable[int]) -> None:
+    """A batch for each bucket, then one and three tokens at a time; parity with the whole text."""
+    definition = define(model.config, stacked=False)
+    params = transformer.unstack_layers(model.params)
+    ids = random_tokens(1, max(lengths) + 13)[0]
+    full, places = expected_logits(model, ids[None])[0], tokens.bucket(len(ids))
+    groups = {b: list(group) for b, group in itertools.groupby(sorted(lengths), tokens.bucket)}
+    for length, group in groups.items():
+        # Batches of one size, which are compiled once: a length may come twice.
+        ends = np.resize(group, max(map(len, groups.values())))
+        padded, start = tokens.pad_left([ids[:end].tolist() for end in ends], length)
+        logits, columns = logits_of(definition, params, padded, start)
+        logits, cache = logits[:, -1:], resize(model.config, columns, places)
+        for piece in (1, 3, 1, 1, 3, 3, 1):
+            expected = np.stack([full[end - logits.shape[1] : end] for end in ends])
+            np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0, err_msg=f"{ends=}")
+            text = np.stack([ids[end : end + piece] for end in ends])
+            logits, cache = logits_of(definition, params, text, start, cache)
+            ends += piece
 
 
 def test_cached_decode_is_the_full_forward(model: Model) -> None:
-    """The prompt's cache, then one and three tokens at a time; parity with the whole text."""
-    definition = define(model.config, stacked=False)
-    params = transformer.unstack_layers(model.params)
-    ids = random_tokens(1, 80)
-    full = expected_logits(model, ids)
-    for prompt_length in EDGES:
-        padded, start = tokens.pad_left(
-            ids[:, :prompt_length].tolist(), tokens.bucket(prompt_length)
-        )
-        state = sampling.jit_prefill(definition, params, padded, start, 192, 1)
-        logits, cache, end = state.logits[:, None], state.cache, prompt_length
-        for piece in (1, 3, 1, 1, 3, 3, 1):
-            np.testing.assert_allclose(
-                logits, full[:, end - logits.shape[1] : end], atol=1e-4, rtol=0, err_msg=f"{end=}"
-            )
-            logits, cache = logits_of(definition, params, ids[:, end : end + piece], start, cache)
-            end += piece
+    assert_cached_decode_agrees(model, EDGES)
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "gemma3"])
+def test_cached_decode_is_the_full_forward_at_the_edges_of_long_prompts(name: str) -> None:
+    assert FAR_EDGES[:4] == [64, 65, 128, 129] and FAR_EDGES[-4:] == [512, 513, 768, 769]
+    assert_cached_decode_agrees(load(name), FAR_EDGES)
 
 
 def test_bfloat16_stays_near_float32(model: Model) -> None:

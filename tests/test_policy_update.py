@@ -21,11 +21,11 @@ from refine_af import policy_update, rewards, rlaf, rollout, training
 from refine_af.base_model import BaseModel
 from refine_af.config import Ppo, Sampling
 from refine_af.configs import tiny
-from refine_af.engine import Completion, Request
 from refine_af.mesh import shard_batch
 from refine_af.models import transformer
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.registry import PRESETS
+from refine_af.requests import Completion, Request
 from refine_af.rollout import Reading, Rollout
 from refine_af.training import TrainState
 

@@ -6,58 +6,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from refine_af import sampling
-from refine_af.sampling import Limits
+from refine_af.sampling import Chosen, Limits, Needs
 
 HALVES = [0.5, 0.25, 0.15, 0.1]
 NUM_DRAWS = 20_000
 
-jit_choose = jax.jit(sampling.choose, static_argnames="restricted")
+ALL = Needs(drawn=True, top_k=True, top_p=True, min_p=True, penalised=True)
+PLAIN = Needs(drawn=True, top_k=False, top_p=False, min_p=False, penalised=False)
+
+jit_choose = jax.jit(sampling.choose, static_argnames="needs")
 jit_inverse_cdf = jax.jit(jax.vmap(sampling._inverse_cdf, (None, 0)))
 
 
 def limits(batch: int, **changes: Any) -> Limits:
     """Plain sampling at temperature 1, row i with seed i."""
-    values = {
-        "temperature": 1.0,
-        "top_k": 0,
-        "top_p": 1.0,
-        "presence_penalty": 0.0,
-        "max_new_tokens": 1,
-        "seed": np.arange(batch),
+    dtypes = {
+        "temperature": np.float32(1),
+        "top_k": np.int32(0),
+        "top_p": np.float32(1),
+        "min_p": np.float32(0),
+        "presence_penalty": np.float32(0),
+        "repetition_penalty": np.float32(1),
+        "max_new_tokens": np.int32(1),
     }
-    rows = {name: np.broadcast_to(v, batch) for name, v in (values | changes).items()}
-    return Limits(
-        temperature=rows["temperature"].astype(np.float32),
-        top_k=rows["top_k"].astype(np.int32),
-        top_p=rows["top_p"].astype(np.float32),
-        presence_penalty=rows["presence_penalty"].astype(np.float32),
-        max_new_tokens=rows["max_new_tokens"].astype(np.int32),
-        seed=rows["seed"].astype(np.uint32),
-    )
+    values = {**dtypes, "seed": np.arange(batch)} | changes
+    kinds = {name: value.dtype for name, value in dtypes.items()} | {"seed": np.uint32}
+    rows = {name: np.broadcast_to(v, batch).astype(kinds[name]) for name, v in values.items()}
+    return Limits(**rows, stop_ids=np.full((batch, 1), -1, np.int32))
 
 
 def choose(
     logits: Any,
     batch: int,
     *,
-    restricted: bool = True,
+    needs: Needs = ALL,
     seen: tuple[int, ...] = (),
+    prompt: tuple[int, ...] = (),
     drawn: int = 0,
     **changes: Any,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, log-probabilities) of `batch` rows; logits of one row are the same for all."""
+) -> Chosen:
+    """Tokens of `batch` rows; logits of one row are the same for all.
+
+    Args:
+        seen: tokens drawn before. prompt: tokens of the prompt.
+    """
     logits = np.broadcast_to(np.asarray(logits, np.float32), (batch, np.shape(logits)[-1]))
-    marked = np.isin(np.arange(logits.shape[1]), seen)
-    token, logprob = jit_choose(
+    vocab = np.arange(logits.shape[1])
+    marks = sampling.IN_PROMPT * np.isin(vocab, prompt) + sampling._DRAWN * np.isin(vocab, seen)
+    chosen = jit_choose(
         logits,
-        np.broadcast_to(marked, logits.shape),
+        np.broadcast_to(marks.astype(np.uint8), logits.shape),
         np.full(batch, drawn, np.int32),
         limits(batch, **changes),
-        restricted=restricted,
+        needs=needs,
     )
-    return np.asarray(token), np.asarray(logprob)
+    return Chosen(*map(np.asarray, chosen))
 
 
 def random_logits(batch: int, vocab: int) -> np.ndarray:
@@ -67,7 +80,7 @@ def random_logits(batch: int, vocab: int) -> np.ndarray:
 @pytest.mark.parametrize(
     "greedy",
     [
-        {"temperature": 0.0, "restricted": False},
+        {"temperature": 0.0, "needs": PLAIN},
         {"temperature": 0.0},
         {"temperature": 0.0, "top_k": 5, "top_p": 0.3},
         {"top_k": 1},
@@ -78,8 +91,8 @@ def random_logits(batch: int, vocab: int) -> np.ndarray:
 )
 def test_greedy_in_all_its_forms_is_argmax(greedy: dict[str, Any]) -> None:
     logits = random_logits(32, 300)
-    token, _ = choose(logits, 32, **greedy)
-    np.testing.assert_array_equal(token, logits.argmax(axis=1))
+    chosen = choose(logits, 32, **greedy)
+    np.testing.assert_array_equal(chosen.token, logits.argmax(axis=1))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +106,10 @@ def test_greedy_in_all_its_forms_is_argmax(greedy: dict[str, Any]) -> None:
         ({"top_k": 9}, {0, 1, 2, 3}),
         ({"top_k": 3, "top_p": 0.7}, {0, 1}),
         ({"top_k": 1, "top_p": 0.95}, {0}),
+        ({"top_k": 3, "top_p": 0.8}, {0, 1}),  # .75 of the .9 that top-k leaves is .83
+        ({"min_p": 0.3}, {0, 1, 2}),
+        ({"min_p": 0.31}, {0, 1}),
+        ({"min_p": 1.0}, {0}),
         ({"top_p": 0.7, "temperature": 3.0}, {0, 1, 2}),  # .345 .274 .231 .202 for 1/3 powers
         ({}, {0, 1, 2, 3}),
     ],
@@ -103,7 +120,7 @@ def test_only_the_nucleus_is_drawn_and_all_of_it(
     changes: dict[str, Any], kept: set[int], order: tuple[int, ...]
 ) -> None:
     """Likeliest first or not, the smallest set with mass p, cut to k."""
-    token, _ = choose(np.log(HALVES)[list(order)], NUM_DRAWS, **changes)
+    token = choose(np.log(HALVES)[list(order)], NUM_DRAWS, **changes).token
     assert {order[i] for i in token} == kept
 
 
@@ -111,7 +128,7 @@ def test_the_threshold_is_that_of_a_sort() -> None:
     """On 300 entries: everything from the first sorted entry whose running mass reaches p."""
     weights = np.asarray(jax.nn.softmax(random_logits(16, 300)))
     top_p = np.linspace(0.05, 0.99, 16, dtype=np.float32)
-    threshold = sampling._threshold(weights, limits(16, top_p=top_p))
+    threshold = sampling.narrow(weights, limits(16, top_p=top_p), ALL)
     ordered = -np.sort(-weights.astype(np.float64), axis=1)
     size = (np.cumsum(ordered, axis=1) < top_p[:, None]).sum(axis=1) + 1
     np.testing.assert_array_equal((weights >= threshold).sum(axis=1), size)
@@ -123,15 +140,59 @@ def test_top_k_is_exact_far_below_the_likeliest_token() -> None:
     logits[0] = 30
     weights = np.asarray(jax.nn.softmax(logits))[None]
     for k in (1, 2, 20, 299):
-        assert (weights >= sampling._threshold(weights, limits(1, top_k=k))).sum() == k
+        assert (weights >= sampling.narrow(weights, limits(1, top_k=k), ALL)).sum() == k
 
 
 def test_presence_penalty_is_taken_once_from_seen_tokens() -> None:
     """2 - 1 < 1.9: the second wins, unless nothing was seen or nothing is taken."""
     logits = [2, 1.9, 0, 0]
-    assert choose(logits, 1, temperature=0, presence_penalty=1, seen=(0,))[0] == [1]
-    assert choose(logits, 1, temperature=0, presence_penalty=1)[0] == [0]
-    assert choose(logits, 1, temperature=0, seen=(0,))[0] == [0]
+    assert choose(logits, 1, temperature=0, presence_penalty=1, seen=(0,)).token == [1]
+    assert choose(logits, 1, temperature=0, presence_penalty=1, prompt=(0,)).token == [0]
+    assert choose(logits, 1, temperature=0, presence_penalty=1).token == [0]
+    assert choose(logits, 1, temperature=0, seen=(0,)).token == [0]
+
+
+@pytest.mark.parametrize("where", ["seen", "prompt"])
+def test_repetition_penalty_divides_what_is_positive_and_multiplies_what_is_not(
+    where: str,
+) -> None:
+    """2 / 1.5 < 1.9, and -1 * 1.5 < -1.2: each time the next one wins."""
+    penalty = {"temperature": 0, "repetition_penalty": 1.5}
+    assert choose([2, 1.9, 0, 0], 1, **penalty, **{where: (0,)}).token == [1]
+    assert choose([-1, -1.2, -9, -9], 1, **penalty, **{where: (0,)}).token == [1]
+    assert choose([2, 1.9, 0, 0], 1, **penalty).token == [0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_penalties_and_cuts_are_those_of_transformers(seed: int) -> None:
+    """What may be drawn, and with which probability, as its logits processors have it."""
+    rng = np.random.default_rng(seed)
+    logits = 3 * rng.standard_normal((1, 200)).astype(np.float32)
+    met = rng.integers(0, 200, 30)
+    temperature, top_k, top_p, min_p, penalty = 0.7, 40, 0.8, 0.02, 1.3
+    theirs = torch.tensor(logits)
+    for processor in (
+        RepetitionPenaltyLogitsProcessor(penalty),
+        TemperatureLogitsWarper(temperature),
+        TopKLogitsWarper(top_k),
+        TopPLogitsWarper(top_p),
+        MinPLogitsWarper(min_p),
+    ):
+        theirs = processor(torch.tensor(met[None]), theirs)
+    expected = torch.log_softmax(theirs, -1).numpy()[0]
+    chosen = choose(
+        logits,
+        4000,
+        prompt=tuple(met),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=penalty,
+    )
+    np.testing.assert_allclose(chosen.logprob, expected[chosen.token], atol=1e-5, rtol=0)
+    likely = np.flatnonzero(np.exp(expected) > 0.01)
+    assert set(likely) <= set(chosen.token.tolist())
 
 
 def frequencies(token: np.ndarray, vocab: int) -> np.ndarray:
@@ -141,11 +202,14 @@ def frequencies(token: np.ndarray, vocab: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"restricted": False}, HALVES),
+        ({"needs": PLAIN}, HALVES),
         ({}, HALVES),
         ({"temperature": 0.5}, [0.25, 0.0625, 0.0225, 0.01]),
         ({"top_k": 3}, [0.5, 0.25, 0.15, 0]),
         ({"top_p": 0.7}, [0.5, 0.25, 0, 0]),
+        ({"min_p": 0.25}, [0.5, 0.25, 0.15, 0]),
+        # Negative logits are multiplied: .5 and .1 are squared.
+        ({"repetition_penalty": 2, "prompt": (0, 3)}, [0.25, 0.25, 0.15, 0.01]),
         ({"presence_penalty": np.log(2), "seen": (0, 3)}, [0.25, 0.25, 0.15, 0.05]),
         # 1 / T multiplies what the penalty leaves.
         (
@@ -159,7 +223,7 @@ def test_frequencies_are_those_of_the_distribution(
     changes: dict[str, Any], expected: list[float]
 ) -> None:
     """Chi-square of 20,000 seeds, three degrees of freedom: over 16.3 in one of 1,000 cases."""
-    token, _ = choose(np.log(HALVES), NUM_DRAWS, **changes)
+    token = choose(np.log(HALVES), NUM_DRAWS, **changes).token
     share = np.asarray(expected) / np.sum(expected)
     observed = frequencies(token, 4)
     assert observed[share == 0].sum() == 0
@@ -171,7 +235,7 @@ def test_frequencies_are_those_of_the_distribution(
 def test_frequencies_over_a_vocabulary_of_several_blocks() -> None:
     """Both levels of the inverse CDF: 600 tokens in blocks of 256, compared singly and by block."""
     logits = random_logits(1, 600)[0]
-    token, _ = choose(logits, NUM_DRAWS, restricted=False)
+    token = choose(logits, NUM_DRAWS, needs=PLAIN).token
     share = np.asarray(jax.nn.softmax(logits), np.float64)
     bound = 5 * np.sqrt(share / NUM_DRAWS) + 5 / NUM_DRAWS
     assert (np.abs(frequencies(token, 600) - share) < bound).all()
@@ -184,7 +248,7 @@ def test_the_n_th_token_of_a_seed_has_its_own_random_number() -> None:
     """Same seed and count: the same token. Another count or another seed: independent ones."""
 
     def tokens(**changes: Any) -> np.ndarray:
-        return choose(np.zeros(600), NUM_DRAWS, restricted=False, **changes)[0]
+        return choose(np.zeros(600), NUM_DRAWS, needs=PLAIN, **changes).token
 
     first = tokens(drawn=7)
     np.testing.assert_array_equal(tokens(drawn=7), first)
@@ -195,23 +259,59 @@ def test_the_n_th_token_of_a_seed_has_its_own_random_number() -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize(
     "changes",
-    [{"restricted": False}, {"top_k": 2}, {"top_p": 0.3}, {"presence_penalty": 2, "seen": (0, 1)}],
+    [
+        {"needs": PLAIN},
+        {"top_k": 2},
+        {"top_p": 0.3},
+        {"min_p": 0.1},
+        {"presence_penalty": 2, "seen": (0, 1)},
+        {"repetition_penalty": 1.5, "seen": (0, 1)},
+    ],
     ids=str,
 )
-def test_logprob_is_that_of_the_untruncated_policy(
-    temperature: float, changes: dict[str, Any]
-) -> None:
-    """log softmax(logits / T), whatever top-k, top-p and penalties leave to be drawn."""
+def test_full_logprob_is_that_of_the_policy(temperature: float, changes: dict[str, Any]) -> None:
+    """log softmax(logits / T), whatever top-k, top-p, min-p and penalties leave to be drawn."""
     logits = random_logits(32, 300)
-    token, logprob = choose(logits, 32, temperature=temperature, **changes)
-    expected = jax.nn.log_softmax(logits / temperature)[np.arange(32), token]
-    np.testing.assert_allclose(logprob, expected, atol=1e-5, rtol=0)
+    chosen = choose(logits, 32, temperature=temperature, **changes)
+    expected = jax.nn.log_softmax(logits / temperature)[np.arange(32), chosen.token]
+    np.testing.assert_allclose(chosen.full_logprob, expected, atol=1e-5, rtol=0)
 
 
-def test_logprob_of_a_greedy_token_is_that_of_temperature_one() -> None:
-    token, logprob = choose(np.log(HALVES), 1, temperature=0.0)
-    assert token == [0]
-    np.testing.assert_allclose(logprob, [np.log(0.5)], atol=1e-6)
+@pytest.mark.parametrize(
+    ("changes", "share"),
+    [
+        ({}, HALVES),
+        ({"needs": PLAIN}, HALVES),
+        ({"top_k": 2}, [2 / 3, 1 / 3]),
+        ({"top_p": 0.7}, [2 / 3, 1 / 3]),
+        ({"min_p": 0.25}, [5 / 9, 2.5 / 9, 1.5 / 9]),
+        ({"temperature": 0.5, "top_k": 2}, [0.8, 0.2]),
+        ({"presence_penalty": np.log(2), "seen": (0,)}, [1 / 3, 1 / 3, 0.2, 2 / 15]),
+    ],
+    ids=str,
+)
+def test_logprob_is_that_of_the_distribution_drawn_from(
+    changes: dict[str, Any], share: list[float]
+) -> None:
+    chosen = choose(np.log(HALVES), 100, **changes)
+    np.testing.assert_allclose(chosen.logprob, np.log(share)[chosen.token], atol=1e-5, rtol=0)
+
+
+def test_logprobs_of_a_greedy_token_are_those_of_temperature_one() -> None:
+    for changes in ({"needs": PLAIN}, {"top_k": 1}, {"top_p": 0.1}):
+        chosen = choose(np.log(HALVES), 1, temperature=0.0, **changes)
+        assert chosen.token == [0]
+        np.testing.assert_allclose(chosen.logprob, [np.log(0.5)], atol=1e-6)
+        np.testing.assert_allclose(chosen.full_logprob, [np.log(0.5)], atol=1e-6)
+
+
+@pytest.mark.parametrize("needs", [ALL, PLAIN._replace(top_p=True), PLAIN._replace(penalised=True)])
+def test_what_others_ask_for_changes_no_token(needs: Needs) -> None:
+    """A row without limits draws the same token in a batch where some have them."""
+    logits = random_logits(64, 3000)
+    plain, among = (choose(logits, 64, needs=n) for n in (PLAIN, needs))
+    np.testing.assert_array_equal(plain.token, among.token)
+    np.testing.assert_allclose(plain.logprob, among.logprob, atol=1e-6)
 
 
 def sparse_weights(vocab: int, share: float, seed: int) -> np.ndarray:

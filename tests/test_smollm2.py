@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refine_af import mesh
 from refine_af.config import Mesh, Sampling
-from refine_af.engine import Engine, Request
+from refine_af.engine import Engine
 from refine_af.models import convert, sources, transformer
 from refine_af.models.sources import Source
 from refine_af.models.transformer import Params
 from refine_af.models.weights import TreeWeights
+from refine_af.requests import Request
 
 PROMPTS = [
     "The capital of France is",
@@ -106,7 +107,7 @@ def test_greedy_text_of_64_tokens_is_the_same_on_10_prompts(
 ) -> None:
     sampling = Sampling(temperature=0.0, max_new_tokens=64)
     one = mesh.make_mesh(Mesh(), jax.devices()[:1])
-    engine = Engine(model.config, model.tokenizer, one, model.eos_ids, batch_size=10)
+    engine = Engine(model.config, model.tokenizer, one, model.eos_ids, num_slots=10)
     requests = [Request(tuple(ids_of(model, text)), sampling) for text in PROMPTS]
     unstacked = jax.jit(transformer.unstack_layers)(params)
     for request, completion in zip(requests, engine.generate(unstacked, requests), strict=True):

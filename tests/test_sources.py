@@ -8,11 +8,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoders import random_params, write_directory
+from huggingface_hub.utils import filter_repo_objects
 
 from refine_af.config import Mesh
 from refine_af.mesh import make_mesh, param_shardings
@@ -46,6 +48,27 @@ def test_a_hub_id_without_network_is_a_one_line_error() -> None:
     with pytest.raises(ValueError, match="'owner/name': no such directory, and the hub") as error:
         sources.open_model("owner/name")
     assert "\n" not in str(error.value)
+
+
+def test_of_a_hub_id_one_copy_of_the_weights_is_fetched_and_the_licence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A Mistral repository; the hub's own filter says what the patterns mean."""
+    write_directory(PRESETS["tiny"], random_params(PRESETS["tiny"]), tmp_path)
+    wanted = ["LICENSE", "LICENSE.txt", "config.json", "model-00001-of-00003.safetensors"]
+    wanted += ["model.safetensors.index.json", "tokenizer.json", "tokenizer.model"]
+    others = ["README.md", "consolidated.safetensors", "consolidated.safetensors.index.json"]
+    others += ["modeling_mistral.py", "pytorch_model-00001-of-00003.bin"]
+    fetched: list[str] = []
+
+    def download(hub_id: str, **patterns: list[str]) -> str:
+        assert hub_id == "owner/name"
+        fetched.extend(filter_repo_objects(wanted + others, **patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    sources.open_model("owner/name")
+    assert fetched == wanted
 
 
 def test_a_directory_loads_with_its_tokenizer(tmp_path: Path) -> None:

@@ -1,0 +1,75 @@
+"""Memory of the sampler's caches: computed before anything is made or compiled."""
+
+import sys
+
+import jax
+import numpy as np
+import psutil
+
+from refine_af.mesh import slot_sharding
+from refine_af.models import cache
+from refine_af.models.config import ModelConfig
+
+_SHARE = 0.9  # of the free memory that caches may take
+
+
+def cache_bytes(config: ModelConfig, mesh: jax.sharding.Mesh, num_slots: int, length: int) -> int:
+    """Bytes on each device of a cache for `num_slots` texts of up to `length` tokens."""
+
+    def on_device(x: jax.ShapeDtypeStruct) -> int:
+        part = slot_sharding(mesh, x.shape).shard_shape(x.shape)
+        return int(np.prod(part)) * x.dtype.itemsize
+
+    shapes = jax.eval_shape(lambda: cache.empty(config, num_slots, length))
+    return sum(map(on_device, jax.tree.leaves(shapes.layers)))
+
+
+def free_bytes(mesh: jax.sharding.Mesh) -> int:
+    """Bytes that caches may take on each device of the mesh."""
+    local = mesh.local_devices
+    stats = [device.memory_stats() for device in local]
+    if all(stats):
+        least = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    else:  # the host's memory, which its devices share
+        least = psutil.virtual_memory().available // len(local)
+    return int(_SHARE * least)
+
+
+def affordable_slots(
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    *,
+    wanted: int,
+    length: int,
+    prefix_length: int,
+    free: int | None,
+) -> int:
+    """Slots whose caches fit into memory: `wanted`, or fewer with a notice on standard error.
+
+    Args:
+        wanted: a multiple of the number of parts of a batch.
+        length: tokens of the longest text. prefix_length: tokens of a shared beginning.
+        free: bytes on each device; None: what is free now.
+
+    Raises:
+        ValueError: not even one slot a part fits.
+    """
+    free = free_bytes(mesh) if free is None else free
+    parts = mesh.shape["data"]
+    prefix = cache_bytes(config, mesh, 1, prefix_length) if prefix_length else 0
+
+    def needed(num_slots: int) -> int:
+        return prefix + cache_bytes(config, mesh, num_slots, length)
+
+    num_slots = wanted
+    while needed(num_slots) > free and num_slots > parts:
+        num_slots = max(num_slots // 2 // parts, 1) * parts
+    figures = (
+        f"the caches of {num_slots} slots of {length} tokens take {needed(num_slots) / 2**20:.1f} "
+        f"MiB on each device, and {free / 2**20:.1f} MiB are free"
+    )
+    if needed(num_slots) > free:
+        raise ValueError(f"{figures}; shorten prompts or max_new_tokens, or use more devices")
+    if num_slots < wanted:
+        print(f"notice: {num_slots} slots instead of {wanted}: {figures}", file=sys.stderr)
+    return num_slots

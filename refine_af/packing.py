@@ -1,0 +1,98 @@
+"""Prompts as arrays: the beginning that many share, the rows that short ones are packed into."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+TokenIds = tuple[int, ...]
+
+_PREFIX_STEP = 64  # lengths of a shared beginning, so that few programs are compiled
+_LEAST_SAVED = 512  # prompt tokens that a shared beginning must save
+
+
+def bucket(size: int, least: int = 16) -> int:
+    """Smallest of `least` times 1, 1.5, 2, 3, 4, 6, 8, ... that is at least `size`."""
+    power = least
+    while power < size:
+        if size <= power * 3 // 2:
+            return power * 3 // 2
+        power *= 2
+    return power
+
+
+def power_of_two(size: int) -> int:
+    """Smallest power of two that is at least `size`."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def shared_prefix(prompts: Sequence[TokenIds]) -> TokenIds:
+    """Longest beginning of most of the prompts, in steps of 64 tokens; () where it saves little.
+
+    At least one token of each prompt comes after it.
+    """
+    found: TokenIds = ()
+    sharing = list(prompts)
+    while True:
+        length = len(found) + _PREFIX_STEP
+        counts = Counter(prompt[:length] for prompt in sharing if len(prompt) > length)
+        beginning, count = counts.most_common(1)[0] if counts else ((), 0)
+        if 2 * count <= len(prompts):
+            break
+        found = beginning
+        sharing = [prompt for prompt in sharing if prompt[:length] == found]
+    saved = len(found) * (len(sharing) - 1)
+    return found if saved >= _LEAST_SAVED else ()
+
+
+@dataclasses.dataclass
+class Rows:
+    """Texts packed into rows of `length` columns; equal texts share their columns."""
+
+    length: int
+    used: list[int] = dataclasses.field(default_factory=list)  # columns of each row
+    places: dict[tuple[TokenIds, int], tuple[int, int]] = dataclasses.field(default_factory=dict)
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, first column of each token's text, its offset), int32 [R, T]; R a power of two.
+
+        Columns that no text uses belong to the last text of their row, and come after it.
+        """
+        shape = power_of_two(len(self.used)), self.length
+        ids, start, offset = (np.zeros(shape, np.int32) for _ in range(3))
+        for (text, before), (row, first) in sorted(self.places.items(), key=lambda x: x[1]):
+            ids[row, first : first + len(text)] = text
+            start[row, first:] = first
+            offset[row, first:] = before
+        return ids, start, offset
+
+
+def pack(texts: Sequence[tuple[TokenIds, int]], max_tokens: int) -> tuple[Rows, int]:
+    """(rows, number of texts in them): as many of the first texts as `max_tokens` columns hold.
+
+    First fit, longest text first.
+
+    Args:
+        texts: (ids, tokens of a shared prefix before them); none is longer than `max_tokens`.
+    """
+    best, count = _fit(texts[:1]), 1
+    while count < len(texts):
+        rows = _fit(texts[: count + 1])
+        if power_of_two(len(rows.used)) * rows.length > max_tokens:
+            break
+        best, count = rows, count + 1
+    return best, count
+
+
+def _fit(texts: Sequence[tuple[TokenIds, int]]) -> Rows:
+    rows = Rows(bucket(max(len(ids) for ids, _ in texts)))
+    for text in sorted(set(texts), key=lambda text: (-len(text[0]), text)):
+        size = len(text[0])
+        row = next((r for r, used in enumerate(rows.used) if used + size <= rows.length), None)
+        if row is None:
+            row = len(rows.used)
+            rows.used.append(0)
+        rows.places[text] = row, rows.used[row]
+        rows.used[row] += size
+    return rows

@@ -1,0 +1,270 @@
+"""Any mix of requests in slots says what each request says alone; prefixes, pieces, memory."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoders import LLAMA, noise
+from test_engine import TOKENIZER, engine, one_device
+
+from refine_af import config as config_lib
+from refine_af import engine as engine_module
+from refine_af import memory, mesh, packing, sampling
+from refine_af.config import Sampling
+from refine_af.engine import Engine
+from refine_af.models import cache, transformer
+from refine_af.models.config import ModelConfig
+from refine_af.models.transformer import Params
+from refine_af.requests import Completion, Request
+
+WINDOW = 12
+VOCAB = len(TOKENIZER)
+EOS = TOKENIZER.eos_token_id
+MODELS = {
+    "global": dataclasses.replace(LLAMA, vocab_size=VOCAB),
+    "window": dataclasses.replace(LLAMA, vocab_size=VOCAB, sliding_window=WINDOW),
+    "alternating": dataclasses.replace(
+        LLAMA, vocab_size=VOCAB, num_layers=3, sliding_window=WINDOW, global_layers=(1,)
+    ),
+}
+
+
+@functools.cache
+def params_of(name: str) -> Params:
+    shapes = jax.eval_shape(lambda: transformer.init(MODELS[name], key=jax.random.key(0)))[0]
+    return transformer.unstack_layers(noise(shapes, seed=3))
+
+
+def engine_of(name: str, num_slots: int, **changes: Any) -> Engine:
+    return engine(num_slots, config=MODELS[name], **changes)
+
+
+def random_requests(seed: int, count: int, prefix: int) -> list[Request]:
+    """Prompts of all lengths, some alike, most after a common beginning; every kind of sampling."""
+    rng = np.random.default_rng(seed)
+    shared = tuple(rng.integers(4, VOCAB, prefix).tolist())
+    requests: list[Request] = []
+    for number in range(count):
+        own = tuple(rng.integers(4, VOCAB, int(rng.choice([1, 3, 20, 30, 40, 75]))).tolist())
+        prompt = shared + own if rng.random() < 0.8 else own
+        if requests and rng.random() < 0.2:
+            prompt = requests[-1].prompt_ids
+        options = Sampling(
+            temperature=float(rng.choice([0.0, 0.7, 1.3])),
+            top_k=int(rng.choice([0, 5])),
+            top_p=float(rng.choice([1.0, 0.8])),
+            min_p=float(rng.choice([0.0, 0.05])),
+            presence_penalty=float(rng.choice([0.0, 1.0])),
+            repetition_penalty=float(rng.choice([1.0, 1.2])),
+            max_new_tokens=int(rng.choice([1, 2, 15, 16, 17, 33, 60])),
+            stop=tuple(rng.choice(["a", "e", "zz"], int(rng.integers(0, 3)))),
+            stop_token_ids=tuple(rng.integers(4, VOCAB, int(rng.integers(0, 4))).tolist()),
+        )
+        requests.append(Request(prompt, options, seed=number))
+    return requests
+
+
+def alone(name: str, requests: list[Request]) -> list[Completion]:
+    """One call for each request: no neighbour, no shared beginning, no pieces, nothing grows."""
+    one = engine_of(name, 1, max_read=512)
+    with pytest.MonkeyPatch.context() as patch:  # one program for all
+        patch.setattr(engine_module, "_needs", lambda _: sampling.Needs(*[True] * 5))
+        patch.setattr(packing, "bucket", lambda size, least=0: 512)
+        return [one.generate(params_of(name), [request])[0] for request in requests]
+
+
+def assert_same(actual: list[Completion], expected: list[Completion]) -> None:
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert dataclasses.replace(ours, logprobs=(), full_logprobs=()) == dataclasses.replace(
+            theirs, logprobs=(), full_logprobs=()
+        )
+        np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4, rtol=0)
+        np.testing.assert_allclose(ours.full_logprobs, theirs.full_logprobs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model", "num_slots", "max_read", "prefix", "seed"),
+    [
+        ("global", 8, 32, 70, 1),
+        ("window", 2, 64, 0, 3),
+        ("alternating", 4, 32, 70, 5),
+        *(
+            pytest.param(model, num_slots, max_read, prefix, seed, marks=pytest.mark.slow)
+            for seed, (model, num_slots, max_read, prefix) in enumerate(
+                (
+                    ("global", 3, 128, 130),
+                    ("global", 16, 512, 64),
+                    ("alternating", 2, 16, 0),
+                    ("alternating", 4, 64, 200),
+                    ("window", 16, 32, 64),
+                    ("window", 5, 128, 70),
+                ),
+                start=10,
+            )
+        ),
+    ],
+)
+def test_a_mix_says_what_each_request_says_alone(
+    model: str, num_slots: int, max_read: int, prefix: int, seed: int
+) -> None:
+    requests = random_requests(seed, 20, prefix)
+    mixed = engine_of(model, num_slots, max_read=max_read)
+    assert_same(mixed.generate(params_of(model), requests), alone(model, requests))
+
+
+def test_a_mix_has_every_kind_of_end() -> None:
+    """Otherwise the test above would show little."""
+    found = alone("global", random_requests(1, 20, 70))
+    ends = {(c.finish_reason, c.token_ids[-1] == EOS, len(c.token_ids) > 16) for c in found}
+    assert {("length", False, True), ("stop", False, False)} <= ends
+
+
+def test_a_grown_cache_and_a_smaller_batch_change_no_token() -> None:
+    """One answer goes on alone for long after the others, past several sizes of the cache."""
+    lengths = (400, 5, 6, 7, 8, 9, 10, 11)
+    requests = [
+        Request(r.prompt_ids, Sampling(temperature=1.0, max_new_tokens=n), seed=i)
+        for i, (r, n) in enumerate(zip(random_requests(0, 8, 0), lengths, strict=True))
+    ]
+    sizes: list[tuple[int, int]] = []
+    decode = sampling.jit_decode
+
+    def spy(definition: Any, params: Any, slots: sampling.Slots, *rest: Any) -> Any:
+        sizes.append((slots.token.shape[0], slots.cache.layers[0].keys.shape[2]))
+        return decode(definition, params, slots, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "jit_decode", spy)
+        mixed = engine_of("global", 8, eos_ids=()).generate(params_of("global"), requests)
+    one = engine_of("global", 1, eos_ids=())
+    assert_same(mixed, [one.generate(params_of("global"), [r])[0] for r in requests])
+    assert sizes[0][0] == 8 and sizes[-1][0] == 1
+    assert len({places for _, places in sizes}) >= 4
+
+
+def test_samples_of_one_prompt_differ_and_the_first_is_the_request_itself() -> None:
+    request = Request((5, 6, 7), Sampling(temperature=1.0, max_new_tokens=12), seed=4)
+    found = engine_of("global", 4).generate(params_of("global"), request.samples(4))
+    assert len({c.token_ids for c in found}) == 4
+    assert_same(found[:1], alone("global", [request]))
+
+
+# Packing
+
+
+def test_equal_prompts_share_their_columns() -> None:
+    rows, count = packing.pack([((1, 2), 0), ((1, 2), 0), ((1, 2), 64), ((3,), 0)], 512)
+    ids, start, offset = rows.arrays()
+    assert (count, rows.length, ids.shape) == (4, 16, (1, 16))
+    assert sorted(rows.places.values()) == [(0, 0), (0, 2), (0, 4)]
+    assert start[0, :5].tolist() == [0, 0, 2, 2, 4] and sorted(offset[0, :5]) == [0, 0, 0, 64, 64]
+
+
+def test_a_pack_takes_what_fits_in_order() -> None:
+    texts = [((number,) * length, 0) for number, length in enumerate((60, 4, 60, 64, 1))]
+    rows, count = packing.pack(texts, 128)
+    assert (count, rows.length, len(rows.used)) == (3, 64, 2)
+    assert packing.pack(texts, 64)[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(1, 64), (64, 64), (65, 96), (97, 128), (129, 192), (385, 512)]
+)
+def test_buckets(size: int, expected: int) -> None:
+    assert packing.bucket(size, 64) == expected
+
+
+def test_a_beginning_is_shared_when_it_saves_much() -> None:
+    head = tuple(range(130))
+    prompts = [(*head, 1000 + i) for i in range(6)]
+    assert packing.shared_prefix(prompts) == head[:128]
+    assert packing.shared_prefix([*prompts, (1,), (2,)]) == head[:128]
+    assert packing.shared_prefix([*prompts[:4], *[(i,) for i in range(4)]]) == (), "not most"
+    assert packing.shared_prefix(prompts[:3]) == (), "256 tokens saved: not worth a program"
+    assert packing.shared_prefix([head[:64]] * 20) == (), "nothing would be left of the prompt"
+
+
+# Memory
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 1}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_cache_takes_the_memory_that_was_computed(int8: bool, sizes: dict[str, int]) -> None:
+    config = dataclasses.replace(MODELS["alternating"], int8_cache=int8)
+    devices = mesh.make_mesh(config_lib.Mesh(**sizes)) if len(sizes) > 1 else one_device()
+    computed = memory.cache_bytes(config, devices, 8, 96)
+    made = mesh.shard_slots(devices, cache.empty(config, 8, 96).layers)
+    first = [
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(made)
+        for shard in leaf.addressable_shards
+        if shard.device == devices.devices.flat[0]
+    ]
+    assert sum(first) == computed
+
+
+def requests_of_100_tokens() -> list[Request]:
+    options = Sampling(temperature=1.0, max_new_tokens=100)
+    return [Request((7,) * 20, options, seed) for seed in range(8)]
+
+
+def test_what_cannot_fit_is_refused_with_the_figures_before_anything_is_made() -> None:
+    one = memory.cache_bytes(MODELS["global"], one_device(), 1, 128)
+    small = engine_of("global", 8, memory=one - 1)
+    with pytest.raises(ValueError) as error:
+        small.generate({}, requests_of_100_tokens())
+    assert str(error.value) == (
+        f"the caches of 1 slots of 128 tokens take {one / 2**20:.1f} MiB on each device, and "
+        f"{(one - 1) / 2**20:.1f} MiB are free; shorten prompts or max_new_tokens, or use more "
+        "devices"
+    )
+
+
+def test_fewer_slots_are_taken_where_memory_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    one = memory.cache_bytes(MODELS["global"], one_device(), 1, 128)
+    small = engine_of("global", 8, memory=3 * one)
+    assert_same(
+        small.generate(params_of("global"), requests_of_100_tokens()),
+        engine_of("global", 8).generate(params_of("global"), requests_of_100_tokens()),
+    )
+    assert "notice: 2 slots instead of 8: the caches of 2 slots of 128" in capsys.readouterr().err
+
+
+def test_a_windowed_layer_never_holds_more_than_its_window() -> None:
+    made = cache.empty(MODELS["alternating"], 2, 96)
+    assert [s.keys.shape[2] for s in made.layers] == [WINDOW, 96, WINDOW]
+    moved = cache.resize(MODELS["alternating"], made, 192)
+    assert [s.keys.shape[2] for s in moved.layers] == [WINDOW, 192, WINDOW]
+
+
+# int8
+
+
+@pytest.mark.parametrize("name", ["int8_cache", "int8_weights"])
+def test_int8_drifts_little(name: str) -> None:
+    """Log-probabilities of the same tokens, by a model whose cache or weights are int8."""
+    config = dataclasses.replace(MODELS["alternating"], **{name: True})
+    params = params_of("alternating")
+    if name == "int8_weights":
+        params = transformer.int8_kernels(params)
+    requests = [
+        Request((5, 9, 40, 3 + i), Sampling(temperature=0.0, max_new_tokens=1)) for i in range(4)
+    ]
+    drift = np.abs(
+        step_logits(config, params) - step_logits(MODELS["alternating"], params_of("alternating"))
+    )
+    assert 0 < drift.max() < 0.1
+    assert len(engine(4, config=config).generate(params, requests)) == 4
+
+
+def step_logits(config: ModelConfig, params: Params) -> np.ndarray:
+    """Log-probabilities after 30 tokens, and one more from the cache."""
+    model = transformer.bind(transformer.define(config, stacked=False), params)
+    ids, start = jnp.arange(60).reshape(2, 30) + 4, jnp.zeros(2, jnp.int32)
+    _, read = model(ids, start)
+    hidden, _ = model(ids[:, :1], start, cache=cache.resize(config, read, 64))
+    return np.asarray(jax.nn.log_softmax(model.logits(hidden[:, 0])))
