@@ -108,7 +108,7 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Start of the residual stream, float32."""
-        x = self.embedding[...][tokens].astype(jnp.float32)
+        x = rows_of(self.embedding[...], tokens).astype(jnp.float32)
         if not self.config.scale_embeddings:
             return x
         return x * jnp.asarray(self.config.embed_dim**0.5, self.config.dtype).astype(jnp.float32)
@@ -182,6 +182,34 @@ class Transformer(nnx.Module):
         if cap is not None:
             logits = jnp.tanh(logits / cap) * cap
         return logits.reshape(*hidden.shape[:-1], -1)
+
+
+@jax.custom_vjp
+def rows_of(table: Float[Array, "V D"], ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """`table[ids]`.
+
+    In 16 bits the table is looked at as integers: XLA's CPU back end has no other 16-bit gather,
+    and would convert the whole table to float32 for each call of a program (82 ms for 49,152 x 576
+    on 2 cores, jax 0.10.2).
+    """
+    if table.dtype.itemsize != 2:
+        return table[ids]
+    # Tied to the ids, or the compiler would move this out of a decoding loop and make a copy.
+    table, ids = jax.lax.optimization_barrier((table, ids))
+    rows = jax.lax.bitcast_convert_type(table, jnp.uint16)[ids]
+    return jax.lax.bitcast_convert_type(rows, table.dtype)
+
+
+def _rows_forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rows_of(table, ids), (table, ids)
+
+
+def _rows_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    table, ids = saved
+    return jnp.zeros_like(table).at[ids].add(g), None
+
+
+rows_of.defvjp(_rows_forward, _rows_backward)
 
 
 def _pick(is_global: bool | Bool[Array, ""], of_global: Any, of_local: Any) -> Any:

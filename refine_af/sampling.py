@@ -282,9 +282,11 @@ def choose(
     greedy = limits.temperature == 0
     divisor = jnp.where(greedy, 1.0, limits.temperature)[:, None]
     shifted = penalise(logits, seen, limits) if needs.penalised else logits
-    token = jnp.argmax(shifted, axis=-1).astype(jnp.int32)
     scaled = shifted / divisor
     top = jnp.max(scaled, axis=-1, keepdims=True)
+    # The first of the largest; XLA's own argmax takes longer than all else here on a CPU.
+    index = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+    token = jnp.min(jnp.where(scaled == top, index, logits.shape[-1] - 1), axis=-1)
     weights = jnp.exp(scaled - top)
     kept = weights
     if needs.narrowed:
