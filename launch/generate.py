@@ -148,6 +148,8 @@ def completions(base: BaseModel, asked: Sequence[Asked]) -> Iterator[tuple[int, 
             yield place, Completion("", (), (), (), "error", one.fault)
         else:
             usable.append((place, one.request))
+    if not usable:
+        return
     options, adapter = None, None
     if _ADAPTER.value is not None:
         shape, adapter = lora.read_peft(Path(_ADAPTER.value), base.config)

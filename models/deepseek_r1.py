@@ -1,11 +1,12 @@
 """DeepSeek-R1-Distill (DeepSeek-AI, arXiv 2501.12948): the shapes of LLaMA-3 and Qwen-2.5."""
 
 import dataclasses
+from typing import Any
 
 from refine_af.models import llama3, qwen2
 
 # Tuned from Qwen2.5-Math, whose rotary base is that of a shorter context.
-_MATH = {"rope_theta": 1e4, "tie_embeddings": False}
+_MATH: dict[str, Any] = {"rope_theta": 1e4, "tie_embeddings": False}
 
 PRESETS = {
     "deepseek-r1-distill-qwen-1.5b": dataclasses.replace(qwen2.PRESETS["qwen2.5-1.5b"], **_MATH),

@@ -73,7 +73,9 @@ def cudnn(
         own | jnp.eye(length, dtype=bool)[None], (*start.shape[:1], length, length)
     )
     mixed = jax.nn.dot_product_attention(
-        *(x.swapaxes(1, 2) for x in (query, keys, values)),
+        query.swapaxes(1, 2),
+        keys.swapaxes(1, 2),
+        values.swapaxes(1, 2),
         mask=mask[:, None],
         scale=scale,
         is_causal=True,  # without it a window would also open to the future

@@ -6,6 +6,7 @@ F hidden, V vocab, R rank.
 
 import functools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -139,4 +140,7 @@ class FeedForward(nnx.Module):
         return self.down((self.activation(gate) * up).astype(x.dtype))
 
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}

@@ -122,7 +122,8 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
             try:
                 spec = tensorstore.Spec(tspec)
                 store = await tensorstore.open(spec, create=True, open=True, context=ts_context)
-                for rows, piece in value.pieces(store.chunk_layout.write_chunk.shape[0]):
+                (chunk_rows, *_) = store.chunk_layout.write_chunk.shape or (1,)
+                for rows, piece in value.pieces(chunk_rows):
                     if self.stopped or self.error:
                         return
                     await _write(store[rows], piece)

@@ -274,16 +274,16 @@ class _Whole:
         if self.kernel is None or before:
             own = Seen(new, _pick(is_global, *self.masks))
             return attention.attend(query, [*before, own], self.config)
-        shared = {
-            "scale": attention.scale(self.config),
-            "softcap": self.config.attention_softcap,
-        }
-        of_global = functools.partial(self.kernel, window=None, **shared)
-        of_local = functools.partial(self.kernel, window=self.config.sliding_window, **shared)
         operands = query, new.keys, new.values, self.start
+        of_global, of_local = self._fused(None), self._fused(self.config.sliding_window)
         if isinstance(is_global, bool):
             return (of_global if is_global else of_local)(*operands)
         return jax.lax.cond(is_global, of_global, of_local, *operands)
+
+    def _fused(self, window: int | None) -> Callable[..., Array]:
+        assert self.kernel is not None
+        scale, softcap = attention.scale(self.config), self.config.attention_softcap
+        return functools.partial(self.kernel, window=window, scale=scale, softcap=softcap)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -338,8 +338,8 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
     if kind in (bool, int, float, str):
         require(type(value) is kind, f"{name}={value!r}: expected {kind.__name__}")
         return value
+    assert typing.get_origin(kind) is tuple, f"{name}: fields of type {kind} cannot be read"
     item = typing.get_args(kind)[0]
-    assert kind == tuple[item, ...], f"{name}: fields of type {kind} cannot be read"
     fits = isinstance(value, list | tuple) and all(type(x) is item for x in value)
     require(fits, f"{name}={value!r}: expected a list of {item.__name__}")
     return tuple(value)

@@ -10,9 +10,12 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from transformers import PreTrainedTokenizerBase
 
 from refine_af import memory, packing, sampling
@@ -202,7 +205,7 @@ class _Run:
             pack = self._pack(
                 rows.arrays(), [rows.places[a.own, a.offset] for a in answers], answers
             )
-        slots = np.resize(np.asarray(free[: len(answers)], np.int32), pack.row.shape)
+        slots = _repeated(free[: len(answers)], np.int32, pack.row.shape[0])
         pack = pack._replace(slot=slots)
         found = sampling.jit_read(
             self.definition, self.params, pack, self.prefix, scratch, self.needs
@@ -222,28 +225,30 @@ class _Run:
     ) -> Pack:
         """Answers' prompts, which begin at these (row, column), for the sampler."""
         size = packing.power_of_two(len(answers))
-        row, first = np.resize(np.asarray(places, np.int32), (size, 2)).T
-        lengths = np.asarray([len(a.own) for a in answers], np.int32)
+        lasts = [column + len(a.own) - 1 for (_, column), a in zip(places, answers, strict=True)]
+        ids, start, offset = map(jnp.asarray, arrays)
         return Pack(
-            *arrays,
-            row=row,
-            first=first,
-            last=first + np.resize(lengths, size) - 1,
-            prefixed=np.resize(np.asarray([a.offset for a in answers], np.int32), size),
-            slot=np.zeros(size, np.int32),
+            tokens=ids,
+            start=start,
+            offset=offset,
+            row=_repeated([row for row, _ in places], np.int32, size),
+            first=_repeated([column for _, column in places], np.int32, size),
+            last=_repeated(lasts, np.int32, size),
+            prefixed=_repeated([a.offset for a in answers], np.int32, size),
+            slot=jnp.zeros((size,), jnp.int32),
             seen=self._seen(answers, size),
             limits=_limits(answers, size, self.num_stops),
-            count=np.int32(len(answers)),
+            num_prompts=jnp.int32(len(answers)),
         )
 
-    def _seen(self, answers: Sequence[Answer], size: int) -> np.ndarray:
+    def _seen(self, answers: Sequence[Answer], size: int) -> Array:
         """Tokens of each prompt, for the repetition penalty."""
         vocab = self.engine.config.vocab_size if self.needs.penalised else 0
         seen = np.zeros((size, vocab), np.uint8)
         if vocab:
             for i, answer in enumerate(answers):
                 seen[i, list(answer.request.prompt_ids)] = sampling.IN_PROMPT
-        return seen
+        return jnp.asarray(seen)
 
     def _read_pieces(self, answer: Answer) -> tuple[KVCache, Pack]:
         """All pieces of a long prompt but the last one, and that one."""
@@ -344,18 +349,20 @@ def _needs(answers: Sequence[Answer]) -> Needs:
 
 
 def _limits(answers: Sequence[Answer], size: int, num_stops: int) -> Limits:
-    """Sampling parameters of the answers, repeated to `size` entries."""
-
-    def column(values: list[float], dtype: type) -> np.ndarray:
-        return np.resize(np.asarray(values, dtype), size)
-
+    """Sampling parameters of the answers."""
     asked = [a.request.sampling for a in answers]
     floats = ("temperature", "top_p", "min_p", "presence_penalty", "repetition_penalty")
     stops = [[*a.stop_ids, *[-1] * (num_stops - len(a.stop_ids))] for a in answers]
     return Limits(
-        **{name: column([getattr(s, name) for s in asked], np.float32) for name in floats},
-        top_k=column([s.top_k for s in asked], np.int32),
-        max_new_tokens=column([a.budget for a in answers], np.int32),
-        stop_ids=np.resize(np.asarray(stops, np.int32), (size, num_stops)),
-        seed=column([a.request.seed % 2**32 for a in answers], np.uint32),
+        **{n: _repeated([getattr(s, n) for s in asked], np.float32, size) for n in floats},
+        top_k=_repeated([s.top_k for s in asked], np.int32, size),
+        max_new_tokens=_repeated([a.budget for a in answers], np.int32, size),
+        stop_ids=_repeated(stops, np.int32, size),
+        seed=_repeated([a.request.seed % 2**32 for a in answers], np.uint32, size),
     )
+
+
+def _repeated(values: Sequence[Any], dtype: type, size: int) -> Array:
+    """The values, and again from the first one, up to `size`: few shapes, few programs."""
+    array: np.ndarray = np.asarray(values, dtype)
+    return jnp.asarray(np.resize(array, (size, *array.shape[1:])))

@@ -78,7 +78,8 @@ class Chosen(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Prompts to be admitted, packed into R rows of T columns; A of them, the first `count` real.
+    """Prompts to be admitted, packed into R rows of T columns; A of them, the first `num_prompts` of
+    them real.
 
     Prompts that are equal share their columns.
     """
@@ -93,7 +94,7 @@ class Pack(NamedTuple):
     slot: Int[Array, "A"]  # where each goes
     seen: UInt8[Array, "A V"]  # its tokens, those of the prefix too; [A, 0] without penalties
     limits: Limits  # of each
-    count: Int[Array, ""]
+    num_prompts: Int[Array, ""]
 
 
 def empty_slots(
@@ -199,7 +200,7 @@ def place(slots: Slots, pack: Pack, found: Read) -> Slots:
             limits=jax.tree.map(put, slots.limits, pack.limits),
         )
 
-    return jax.lax.fori_loop(0, pack.count, put_all, slots)
+    return jax.lax.fori_loop(0, pack.num_prompts, put_all, slots)
 
 
 def decode(

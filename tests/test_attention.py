@@ -17,6 +17,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from refine_af.models import attention, cache, kernels, rotary, transformer
+from refine_af.models.attention import Seen
+from refine_af.models.cache import Stored
 from refine_af.models.config import LinearRope, Llama3Rope, ModelConfig
 
 BATCH = 2
@@ -38,7 +40,11 @@ def operands(c: ModelConfig, length: int, keys: int | None = None) -> tuple[jax.
 
 def mask_of(start: Any, length: int, window: int | None) -> jax.Array:
     columns = jnp.arange(length)
-    return attention.visible(jnp.asarray(start), columns, columns, window)
+    return attention.visible(jnp.asarray(start)[:, None], columns, columns, window)
+
+
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, c: ModelConfig) -> jax.Array:
+    return attention.attend(q, [Seen(Stored(k, v), mask)], c)
 
 
 # The reference
@@ -70,7 +76,7 @@ def test_attend_is_softmax_attention(
     q, k, v = operands(c, 10)
     mask = mask_of([0, 0], 10, window)
     expected = plainly(*map(np.asarray, (q, k, v, mask)), (scalar or 8) ** -0.5, softcap)
-    np.testing.assert_allclose(attention.attend(q, k, v, mask, c), expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(attend(q, k, v, mask, c), expected, atol=1e-5, rtol=0)
 
 
 def test_a_query_that_sees_nothing_is_finite_forward_and_backward() -> None:
@@ -79,7 +85,7 @@ def test_a_query_that_sees_nothing_is_finite_forward_and_backward() -> None:
     mask = mask_of([0, 4], 6, None)
 
     def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return attention.attend(q, k, v, mask, c).sum()
+        return attend(q, k, v, mask, c).sum()
 
     assert jnp.isfinite(total(q, k, v))
     assert all(jnp.isfinite(g).all() for g in jax.grad(total, (0, 1, 2))(q, k, v))
@@ -102,12 +108,12 @@ def compare(
     mask = mask_of(start, length, window)
     fused = functools.partial(
         kernel,
-        start=jnp.asarray(start, jnp.int32),
+        start=jnp.asarray(start, jnp.int32)[:, None],
         window=window,
         scale=attention.scale(c),
         softcap=c.attention_softcap,
     )
-    plain = functools.partial(attention.attend, mask=mask, config=c)
+    plain = functools.partial(attend, mask=mask, c=c)
 
     def value(attend: Callable[..., jax.Array], *operands: jax.Array) -> Any:
         out = jnp.where(real, attend(*operands).astype(jnp.float32), 0.0)
@@ -164,7 +170,7 @@ def lowered(kernel: Callable[..., jax.Array], window: int | None, platform: str)
     """StableHLO of forward and backward for a platform that is not here."""
     c = config(4, 2, 128, dtype="bfloat16")
     q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(c, 256))
-    start = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+    start = jax.ShapeDtypeStruct((BATCH, 1), jnp.int32)
     traced = jax.jit(jax.grad(loss(kernel, window), (0, 1, 2))).trace(q, k, v, start)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -212,6 +218,26 @@ def test_cudnn_attention_is_the_reference(window: int | None) -> None:
     compare(kernels.cudnn, c, 256, window, [0, 37], atol=3e-2)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_texts_packed_into_a_row_do_not_see_each_other(window: int | None) -> None:
+    """Segments of the kernel, and of the reference's mask, against each text alone."""
+    c = config(4, 2, 64)
+    q, k, v = operands(c, 128)
+    first = jnp.where(jnp.arange(128) < 50, 0, 50)[None].repeat(BATCH, 0)
+    columns = jnp.arange(128)
+    packed = attend(q, k, v, attention.visible(first, columns, columns, window), c)
+    fused = kernels.splash(
+        q, k, v, first, window=window, scale=attention.scale(c), softcap=None, interpret=True
+    )
+    np.testing.assert_allclose(fused, packed, atol=2e-5)
+    for part in (slice(0, 50), slice(50, 128)):
+        length = part.stop - part.start
+        alone = attend(
+            q[:, :, part], k[:, :, part], v[:, :, part], mask_of([0, 0], length, window), c
+        )
+        np.testing.assert_allclose(packed[:, :, part], alone, atol=1e-5)
+
+
 # The choice
 
 
@@ -220,6 +246,7 @@ def test_cudnn_attention_is_the_reference(window: int | None) -> None:
     [
         ("cpu", {}, 128, None),
         ("gpu", {"dtype": "bfloat16"}, 100, kernels.cudnn),
+        ("gpu", {"dtype": "bfloat16"}, 101, None),
         ("gpu", {"dtype": "float32"}, 100, None),
         ("gpu", {"dtype": "bfloat16", "head_dim": 256}, 100, None),
         ("gpu", {"dtype": "bfloat16", "attention_softcap": 5.0}, 100, None),
@@ -280,7 +307,7 @@ def test_a_kernel_serves_the_whole_decoder(monkeypatch: pytest.MonkeyPatch) -> N
 @settings(max_examples=30)
 @given(
     window=st.sampled_from([None, 1, 2, 5]),
-    first=st.integers(0, 9),
+    first=st.integers(1, 9),
     pieces=st.lists(st.integers(1, 7), max_size=4),
 )
 def test_a_cache_holds_the_last_columns(window: int | None, first: int, pieces: list[int]) -> None:
@@ -292,28 +319,27 @@ def test_a_cache_holds_the_last_columns(window: int | None, first: int, pieces: 
         column = jnp.arange(start, start + count, dtype=jnp.float32)
         return jnp.broadcast_to(column[None, None, :, None], (1, 1, count, 2))
 
-    whole = cache.KVCache((numbers(0, first),), (-numbers(0, first),), jnp.asarray(first))
-    keys, values, _ = cache.lay_out(c, whole, length)
-    stored, end = (keys[0], values[0]), first
+    whole = cache.KVCache((Stored(numbers(0, first), -numbers(0, first)),), jnp.asarray(first))
+    (stored,), end = cache.resize(c, whole, length).layers, first
     for count in pieces:
-        new = numbers(end, count), -numbers(end, count)
+        new = Stored(numbers(end, count), -numbers(end, count))
         stored = cache.append(stored, new, jnp.asarray(end), window)
         end += count
-    places = stored[0].shape[2]
+    places = stored.keys.shape[2]
     assert places == cache.num_places(c, 0, length) <= (window or length)
     columns = cache.columns(places, jnp.asarray(end))
     present = sorted(int(column) for column in columns if column >= 0)
     assert present == list(range(max(end - places, 0), end))
     for place, column in enumerate(columns):
         if column >= 0:
-            assert stored[0][0, 0, place, 0] == column == -stored[1][0, 0, place, 1]
+            assert stored.keys[0, 0, place, 0] == column == -stored.values[0, 0, place, 1]
 
 
 def test_an_empty_cache_shows_nothing() -> None:
     assert (cache.columns(4, jnp.asarray(0)) < 0).all()
     c = dataclasses.replace(LLAMA, sliding_window=3, global_layers=(1,))
     made = cache.empty(c, BATCH, 8)
-    assert [k.shape[2] for k in made.keys] == [3, 8]
+    assert [stored.keys.shape[2] for stored in made.layers] == [3, 8]
 
 
 # Rotary frequencies

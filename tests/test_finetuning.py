@@ -369,7 +369,7 @@ def test_the_export_writes_the_same_greedy_text(
     prompt = encode(ROWS[0], TOKENIZER, "alpaca", EOS)[0]
     params = base().for_sampling(finetuning.tuned_adapter(EXPERIMENT, base(), whole), SFT.lora)
     request = Request(tuple(prompt), Sampling(temperature=0.0, max_new_tokens=32))
-    (ours,) = base().engine(2, SFT.lora).generate(params, [request])
+    (ours,) = base().engine(2).generate(params, [request])
     with torch.no_grad():
         theirs = exported.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False)
     assert list(ours.token_ids) == theirs[0, len(prompt) :].tolist()

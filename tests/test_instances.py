@@ -11,7 +11,6 @@ import datasets
 import numpy as np
 import pytest
 
-from refine_af import config as config_lib
 from refine_af import dataset, instances, prompts, records, seeds
 from refine_af.configs import tiny
 from refine_af.instances import InstanceStage, fault, select
@@ -111,7 +110,7 @@ def test_an_answer_alone_has_at_most_one_fault(
 def completions(*pairs: tuple[str, str] | str) -> list[Completion]:
     """Answers of these pairs; a plain text is taken as it is."""
     texts = [p if isinstance(p, str) else f" {p[0]}\nOutput: {p[1]}" for p in pairs]
-    return [Completion(text, (), (), "stop") for text in texts]
+    return [Completion(text, (), (), (), "stop") for text in texts]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def says(request: Request) -> Completion:
     first, second = rng.choice(words, 2, p=[0.4, 0.3, 0.2, 0.1])
     reason = "length" if rng.random() < 0.1 else "stop"
     text = f" {first}\nOutput: {second}" if rng.random() < 0.9 else " "
-    return Completion(text, (), (), reason)
+    return Completion(text, (), (), (), reason)
 
 
 class FakeBase:
@@ -170,14 +169,14 @@ class FakeBase:
         self.tokenizer = byte_tokenizer()
         self.requests: list[list[Request]] = []
 
-    def engine(self, batch_size: int, lora: config_lib.Lora) -> "FakeBase":
-        self.batch_size = batch_size
+    def engine(self, num_slots: int) -> "FakeBase":
+        self.num_slots = num_slots
         return self
 
     def generate(
         self, params: Any, requests: Sequence[Request], progress: Callable[[int], None]
     ) -> list[Completion]:
-        assert len(requests) <= self.batch_size
+        assert len(requests) <= self.num_slots
         self.requests.append(list(requests))
         progress(1)
         return [says(request) for request in requests]

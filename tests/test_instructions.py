@@ -144,7 +144,7 @@ def says(*parts: object) -> Completion:
     items.append(str(rng.choice(["Draw the cat for me", SEEDS[0].instruction, "Count the " * 80])))
     order = rng.permutation(4)
     reason = "length" if rng.random() < 0.4 else "stop"
-    return Completion("\n10. ".join(items[i] for i in order), (), (), reason)
+    return Completion("\n10. ".join(items[i] for i in order), (), (), (), reason)
 
 
 class FakeEngine:
@@ -233,7 +233,7 @@ def test_prompts_show_seeds_and_then_instructions_of_earlier_batches(tmp_path: P
 
 
 def test_too_few_instructions_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
-    nothing = Completion("No.", (), (), "stop")
+    nothing = Completion("No.", (), (), (), "stop")
     message = r"0 of 38 after 9 batches; raise instructions.max_batches, or change "
     with pytest.raises(ValueError, match=message):
         run(tmp_path, reply=lambda _: nothing)

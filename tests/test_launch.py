@@ -184,7 +184,6 @@ def test_a_broken_config_json_is_named(program: Program, tmp_path: Path) -> None
     ("name", "arguments"),
     [
         ("score", "--config=tiny --output={0}/out --examples={0}/rows"),
-        ("generate", "--model=random:tiny --output={0}/out --prompts={0}/rows"),
         ("evaluate", "--output={0}/out --predictions={0}/rows"),
     ],
 )
@@ -373,6 +372,21 @@ def test_generate_answers_a_row_that_it_cannot_use_with_the_error(
     assert first == last and first["completion"] == "bbbbbb"
     assert (faulty["finish_reason"], faulty["completion"]) == ("error", "")
     assert faulty["error"].startswith(f"row 1: {message}")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file; expected JSONL"), (b" \n", "no rows; expected JSONL")],
+)
+def test_generate_needs_rows(
+    content: bytes | None, message: str, program: Program, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "rows"
+    if content is not None:
+        prompts.write_bytes(content)
+    files = (f"--prompts={prompts}", f"--output={tmp_path / 'out'}")
+    assert program(*GENERATE, *files) == refused(f"{prompts}: {message}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_generate_draws_samples_of_each_row_in_any_order(program: Program, tmp_path: Path) -> None:

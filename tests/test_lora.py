@@ -16,14 +16,10 @@ from decoders import LLAMA, noise, random_params
 from jax.tree_util import keystr, tree_leaves_with_path
 from safetensors.numpy import load_file, save_file
 
-from refine_af.config import Mesh, Sampling
-from refine_af.engine import Engine
-from refine_af.mesh import make_mesh
 from refine_af.models import lora, sources, transformer
 from refine_af.models.config import LoraConfig
 from refine_af.models.transformer import Definition, Params, define
-from refine_af.models.weights import flat, get
-from refine_af.requests import Request
+from refine_af.models.weights import get
 
 LORA = LoraConfig(rank=3, alpha=6.0, pattern="q|v|down")
 
@@ -106,24 +102,19 @@ def test_merged_weights_are_merged_part_by_part() -> None:
         np.testing.assert_allclose(lazy.read(path, index), expected, atol=1e-6, rtol=0)
 
 
-def test_the_engine_samples_with_an_adapter_as_with_its_merged_weights() -> None:
+def test_merged_weights_say_what_the_adapter_says() -> None:
     base, adapter = trained()
-    both = transformer.unstack_layers(lora.merge(base, adapter, LORA))
-    unstacked = transformer.unstack_layers(base)
-    for i, layer in transformer.unstack_layers(adapter)["layers"].items():
-        for path, factor in flat(layer):
-            node = get(unstacked["layers"][i], path.rpartition("/")[0])
-            node[path.rpartition("/")[2]] = factor
-    requests = [
-        Request(
-            tuple(random_tokens(1, n)[0].tolist()), Sampling(temperature=0.0, max_new_tokens=16)
+    ids = random_tokens(2, 12)
+    applied, merged = (
+        transformer.bind(transformer.define(LLAMA, config), params, factors)
+        for config, params, factors in (
+            (LORA, base, adapter),
+            (None, lora.merge(base, adapter, LORA), None),
         )
-        for n in (3, 9)
-    ]
-    mesh = make_mesh(Mesh(), jax.devices()[:1])
-    applied = Engine(LLAMA, None, mesh, (), 2, LORA).generate(unstacked, requests)
-    merged = Engine(LLAMA, None, mesh, (), 2).generate(both, requests)
-    assert [c.token_ids for c in applied] == [c.token_ids for c in merged]
+    )
+    start = jnp.zeros(2, jnp.int32)
+    expected = applied.logits(applied(ids, start)[0])
+    np.testing.assert_allclose(merged.logits(merged(ids, start)[0]), expected, atol=1e-4, rtol=0)
 
 
 # PEFT's files

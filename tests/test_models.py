@@ -1,4 +1,4 @@
-"""The decoder against transformers on torch, its masks, layouts, caches and adapters."""
+"""The decoder: masks, padding, layouts of layers, rematerialisation, presets, heads."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ def logits_of(
 
 
 def test_visible_is_causal_and_skips_left_padding() -> None:
-    mask = attention.visible(jnp.asarray([0, 1]), jnp.arange(3), jnp.arange(3), None)
+    mask = attention.visible(jnp.asarray([[0], [1]]), jnp.arange(3), jnp.arange(3), None)
     np.testing.assert_array_equal(
         mask, [[[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[0, 0, 0], [0, 1, 0], [0, 1, 1]]]
     )
@@ -50,7 +50,7 @@ def test_visible_is_causal_and_skips_left_padding() -> None:
 
 def test_visible_counts_the_query_itself_as_part_of_the_window() -> None:
     """Queries at columns 2 and 3 of a cache of 5."""
-    mask = attention.visible(jnp.asarray([0]), jnp.asarray([2, 3]), jnp.arange(5), 2)
+    mask = attention.visible(jnp.asarray([[0]]), jnp.asarray([2, 3]), jnp.arange(5), 2)
     np.testing.assert_array_equal(mask, [[[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]])
 
 

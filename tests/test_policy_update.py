@@ -97,7 +97,7 @@ def answers(
         for row in range(ROWS)
     ]
     params = base().for_sampling(new_state(noise).params["adapter"], OPTIONS.lora)
-    completions = base().engine(ROWS, OPTIONS.lora).generate(params, requests)
+    completions = base().engine(ROWS).generate(params, requests)
     rows = rollout.build(requests, completions, rng.normal(size=ROWS).tolist(), PROMPT, ANSWER)
     return jax.tree.map(np.asarray, rows), tuple(completions)
 

@@ -1,0 +1,94 @@
+"""Measure speed against what users would pick instead, in the same run: a table, and JSON.
+
+Every side of every case runs in a process of its own. Leave the machine alone meanwhile.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from refine_af import benchmark_sampling, benchmarks, records
+from refine_af.benchmarks import Limits, Row
+from refine_af.config import Model
+from refine_af.launch import flags
+from refine_af.progress import bar
+
+_SUITE = absl_flags.DEFINE_list("suite", ["sample"], "Suites to run: sample.")
+_CASES = absl_flags.DEFINE_list("cases", None, "Only these cases; default: all of the suites.")
+_MODEL = absl_flags.DEFINE_string("model", "smollm2-135m-instruct", "As in `generate`.")
+_DTYPE = absl_flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of everything.")
+_REPEATS = absl_flags.DEFINE_integer("repeats", 3, "Timed runs; their median counts.", 1)
+_OUTPUT = absl_flags.DEFINE_string("output", None, "JSON file to write; optional.")
+
+SUITES: dict[str, tuple[list[str], Callable[[Model, Limits, int, list[str]], Iterator[Row]]]] = {
+    "sample": (list(benchmark_sampling.CASES), benchmark_sampling.rows),
+}
+_COLUMNS = (
+    "suite",
+    "case",
+    "unit",
+    "ours",
+    "reference",
+    "ratio",
+    "limit_share",
+    "compile_seconds",
+    "peak_mib",
+    "reference_peak_mib",
+    "reference_name",
+)
+
+
+def selected() -> dict[str, list[str]]:
+    """Cases to run, by suite.
+
+    Raises:
+        ValueError: a suite or a case is not known.
+    """
+    known = [case for cases, _ in SUITES.values() for case in cases]
+    for flag, wanted, options in (
+        ("suite", _SUITE.value, list(SUITES)),
+        ("cases", _CASES.value or [], known),
+    ):
+        odd = [name for name in wanted if name not in options]
+        if odd:
+            raise ValueError(f"--{flag}={odd[0]}: expected some of {options}")
+    return {
+        suite: [case for case in SUITES[suite][0] if not _CASES.value or case in _CASES.value]
+        for suite in _SUITE.value
+    }
+
+
+def line(row: Row) -> str:
+    """A row as a line of the table."""
+    cells = ["" if (value := getattr(row, name)) is None else str(value) for name in _COLUMNS]
+    return "  ".join(cell.rjust(len(name)) for cell, name in zip(cells, _COLUMNS, strict=True))
+
+
+def main() -> None:
+    """Measure, print, write."""
+    cases = selected()
+    model = Model(source=_MODEL.value, dtype=_DTYPE.value, param_dtype=_DTYPE.value)
+    limits, _ = benchmarks.in_process(benchmarks.measure_limits, _DTYPE.value)
+    environment = benchmarks.environment(limits)
+    print(json.dumps(environment, indent=1))
+    print("  ".join(_COLUMNS), flush=True)
+    found: list[Row] = []
+    with bar("benchmark", total=sum(map(len, cases.values())), unit="case") as progress:
+        for suite, names in cases.items():
+            for row in SUITES[suite][1](model, limits, _REPEATS.value, names):
+                found.append(row)
+                progress.update(len({r.case for r in found}) - progress.n)
+                progress.write(line(row))
+                if _OUTPUT.value:
+                    content = {
+                        "environment": environment,
+                        "rows": list(map(dataclasses.asdict, found)),
+                    }
+                    records.write_text(Path(_OUTPUT.value), json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    flags.start(main, resumes=False)

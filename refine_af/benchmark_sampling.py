@@ -1,0 +1,158 @@
+"""Sampling, ours and transformers' on torch: batches, mixed lengths, a shared beginning."""
+
+import copy
+import dataclasses
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from refine_af import base_model, benchmarks
+from refine_af.benchmarks import Limits, Measured, Row
+from refine_af.config import Mesh, Model, Sampling
+from refine_af.engine import Engine
+from refine_af.models import convert, sources
+from refine_af.models.config import ModelConfig
+from refine_af.models.weights import expected_shapes
+from refine_af.requests import Request, TokenIds
+
+_PROMPT, _NEW = 128, 64  # tokens of the plain cases
+_PREFIX, _SUFFIX, _AFTER_PREFIX = 900, 32, 48
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Greedy requests that never end before their length.
+
+    Attributes:
+        lengths: new tokens of each request.
+        prefix: tokens of a beginning that all share.
+    """
+
+    name: str
+    num_slots: int
+    prompt: int
+    lengths: tuple[int, ...]
+    prefix: int = 0
+
+    def prompts(self, vocab: int) -> list[TokenIds]:
+        """Random ids."""
+        rng = np.random.default_rng(0)
+        shared = tuple(rng.integers(0, vocab, self.prefix).tolist())
+        return [shared + tuple(rng.integers(0, vocab, self.prompt).tolist()) for _ in self.lengths]
+
+
+def mixed_lengths() -> tuple[int, ...]:
+    """64 lengths from 8 to 256 with a heavy tail, 64 on average (log-normal, median 40)."""
+    drawn = np.random.default_rng(0).lognormal(math.log(40), 1.0, 64)
+    return tuple(np.clip(np.round(drawn), 8, 256).astype(int).tolist())
+
+
+CASES = {
+    case.name: case
+    for case in (
+        *(Case(f"batch{n}", n, _PROMPT, (_NEW,) * n) for n in (1, 16, 32)),
+        Case("mixed", 16, _PROMPT, mixed_lengths()),
+        Case("prefix", 32, _SUFFIX, (_AFTER_PREFIX,) * 32, prefix=_PREFIX),
+    )
+}
+
+
+def rows(model: Model, limits: Limits, repeats: int, names: list[str]) -> Iterator[Row]:
+    """Lines of the table, as they are measured; each side of a case in a process of its own."""
+    config = sources.open_model(model.source).config
+    for name in names:
+        case = CASES[name]
+        ours = benchmarks.isolated(measure_ours, model, name, repeats, False)
+        compare: list[tuple[str, Callable[..., Measured], tuple[Any, ...]]] = [
+            ("transformers generate", measure_transformers, (model, name, repeats, False))
+        ]
+        if name == "mixed":
+            static = (model, name, repeats, True)
+            compare.append(("ours in static batches", measure_ours, static))
+        if case.prefix:
+            cached = (model, name, repeats, True)
+            compare.append(("transformers, prefix cached", measure_transformers, cached))
+        for reference_name, function, arguments in compare:
+            reference = benchmarks.isolated(function, *arguments)
+            limit = limit_seconds(case, config, model.dtype, limits)
+            yield benchmarks.row("sample", name, "tokens/s", ours, reference, reference_name, limit)
+
+
+def limit_seconds(case: Case, config: ModelConfig, dtype: str, limits: Limits) -> float:
+    """Least time for a case: products of all prompts, then of steps that read all weights.
+
+    A step takes the longer of reading the weights and multiplying with them; attention is left
+    out, and slots are taken to be always full.
+    """
+    weights = sum(math.prod(shape) for shape in expected_shapes(config).values())
+    prompt_tokens = case.prefix + case.prompt * len(case.lengths)
+    steps = sum(case.lengths) / case.num_slots
+    step = max(
+        weights * jax.numpy.dtype(dtype).itemsize / limits.bandwidth,
+        2 * weights * case.num_slots / limits.flops,
+    )
+    embedding = config.vocab_size * config.embed_dim
+    return 2 * (weights - embedding) * prompt_tokens / limits.flops + steps * step
+
+
+def measure_ours(model: Model, name: str, repeats: int, static: bool) -> Measured:
+    """Useful tokens a second; `static`: batches of `num_slots` without refilling."""
+    case, base = CASES[name], base_model.load(model, Mesh())
+    engine: Engine = dataclasses.replace(base.engine(case.num_slots), eos_ids=())
+    params = base.for_sampling()
+    requests = [
+        Request(ids, Sampling(temperature=0.0, max_new_tokens=length))
+        for ids, length in zip(case.prompts(base.config.vocab_size), case.lengths, strict=True)
+    ]
+    size = case.num_slots if static else len(requests)
+
+    def run() -> float:
+        for first in range(0, len(requests), size):
+            engine.generate(params, requests[first : first + size])
+        return sum(case.lengths)
+
+    return benchmarks.measure(run, repeats)
+
+
+def measure_transformers(model: Model, name: str, repeats: int, cached: bool) -> Measured:
+    """Useful tokens a second of `generate` in static batches; `cached`: the prefix is read once."""
+    import torch
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    case, source = CASES[name], sources.open_model(model.source)
+    with tempfile.TemporaryDirectory() as folder:
+        convert.export(source, source.weights, Path(folder) / "model")
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(
+            Path(folder) / "model", dtype=getattr(torch, model.dtype)
+        ).eval()
+    theirs.generation_config.eos_token_id = None
+    ids = torch.tensor(case.prompts(source.config.vocab_size))
+
+    @torch.no_grad()
+    def run() -> float:
+        before: Any = None
+        if cached:
+            before = theirs(ids[:1, : case.prefix], use_cache=True).past_key_values
+        for first in range(0, len(ids), case.num_slots):
+            batch = ids[first : first + case.num_slots]
+            past = copy.deepcopy(before)
+            if past is not None:
+                past.batch_repeat_interleave(len(batch))
+            theirs.generate(
+                batch,
+                attention_mask=torch.ones_like(batch),
+                max_new_tokens=max(case.lengths[first : first + case.num_slots]),
+                do_sample=False,
+                pad_token_id=0,
+                **({} if past is None else {"cache": past}),
+            )
+        return sum(case.lengths)
+
+    # Nothing is compiled there: long cases are run once.
+    return benchmarks.measure(run, repeats if len(case.lengths) * case.prompt < 1 << 12 else 0)

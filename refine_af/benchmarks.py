@@ -1,0 +1,180 @@
+"""Benchmarks: a case in a process of its own, rows of figures, and the machine's limits."""
+
+import dataclasses
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a process measured.
+
+    Attributes:
+        rate: of useful work, in the case's unit; the median over its runs.
+        first_seconds: of the first run, compilation included.
+        seconds: of a later run.
+        peak_mib: largest resident memory of the process.
+    """
+
+    rate: float
+    first_seconds: float
+    seconds: float
+    peak_mib: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: ours against a reference in the same run."""
+
+    suite: str
+    case: str
+    unit: str
+    ours: float
+    reference: float
+    reference_name: str
+    ratio: float
+    limit_share: float | None  # time that the machine's limits allow over the time that it took
+    compile_seconds: float
+    peak_mib: float
+    reference_peak_mib: float
+
+
+def row(
+    suite: str,
+    case: str,
+    unit: str,
+    ours: Measured,
+    reference: Measured,
+    reference_name: str,
+    limit_seconds: float | None,
+) -> Row:
+    """A line of the table."""
+    return Row(
+        suite=suite,
+        case=case,
+        unit=unit,
+        ours=round(ours.rate, 2),
+        reference=round(reference.rate, 2),
+        reference_name=reference_name,
+        ratio=round(ours.rate / reference.rate, 2),
+        limit_share=None if limit_seconds is None else round(limit_seconds / ours.seconds, 3),
+        compile_seconds=round(max(ours.first_seconds - ours.seconds, 0.0), 1),
+        peak_mib=round(ours.peak_mib),
+        reference_peak_mib=round(reference.peak_mib),
+    )
+
+
+def measure(run: Callable[[], float], repeats: int) -> Measured:
+    """Time `run`, which returns the amount of useful work: a first time, then `repeats` times."""
+    times, work = [], 0.0
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        work = run()
+        times.append(time.perf_counter() - began)
+    seconds = statistics.median(times[1:]) if repeats else times[0]
+    return Measured(work / seconds, times[0], seconds)
+
+
+def isolated(function: Callable[..., Measured], *arguments: Any) -> Measured:
+    """`function(*arguments)` in a new process: its memory is its own, and no other's threads spin.
+
+    Raises:
+        ValueError: the process needs a package that is not installed.
+    """
+    measured, peak = in_process(function, *arguments)
+    return dataclasses.replace(measured, peak_mib=peak)
+
+
+def in_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """(`function(*arguments)` in a new process, largest resident memory of that in MiB).
+
+    A small memory of this process hides behind the new one's: keep it small.
+
+    Raises:
+        ValueError: the process needs a package that is not installed.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_with_peak, function, arguments).result()
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error}; pip install -e '.[test]' brings the references") from None
+
+
+def _with_peak(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, float]:
+    result = function(*arguments)
+    return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the device does at best: bytes read a second, operations a second."""
+
+    bandwidth: float
+    flops: float
+
+
+def measure_limits(dtype: str) -> Limits:
+    """Largest measured rate of reading 1 GiB, and of products of 4096 x 4096 matrices."""
+    size = 4096
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+    data = jnp.ones((1 << 28,), jnp.float32)
+    total = jax.jit(jnp.sum)
+    return Limits(
+        bandwidth=data.nbytes / _fastest(lambda: total(data)),
+        flops=2 * size**3 / _fastest(lambda: product(x)),
+    )
+
+
+def _fastest(run: Callable[[], jax.Array]) -> float:
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        run().block_until_ready()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+def environment(limits: Limits) -> dict[str, Any]:
+    """Where the figures come from."""
+    device = jax.devices()[0]
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "device": f"{len(jax.devices())} x {device.device_kind}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **versions,
+        "gigabytes_per_second": round(limits.bandwidth / 1e9, 1),
+        "gigaflops": round(limits.flops / 1e9),
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [
+                line.partition(":")[2].strip() for line in file if line.startswith("model name")
+            ]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor()
