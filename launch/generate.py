@@ -4,6 +4,7 @@ A row that cannot be used is answered with an `error` in its place; the other ro
 """
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,9 @@ _PROMPTS = absl_flags.DEFINE_string(
 )
 _OUTPUT = absl_flags.DEFINE_string("output", None, "JSONL file to write, with --prompts.")
 _AS_COMPLETED = absl_flags.DEFINE_bool(
-    "as_completed", False, "Write rows as they finish, each with its `row`; else in order."
+    "as_completed",
+    False,
+    "Write rows as they finish, each with its `row` and `sample`; else in order.",
 )
 _FULL_LOGPROBS = absl_flags.DEFINE_bool(
     "full_logprobs", False, "Write also log-probabilities under softmax(logits / temperature)."
@@ -56,6 +59,7 @@ _INT8_WEIGHTS = absl_flags.DEFINE_bool("int8_weights", False, "Round the weights
 _INT8_CACHE = absl_flags.DEFINE_bool("int8_cache", False, "Keep keys and values as int8.")
 
 _OWN = {field.name for field in dataclasses.fields(Sampling)}
+_KEYS = _OWN | {"prompt", "prompt_token_ids", "seed", "num_samples"}
 
 Row = dict[str, Any]
 
@@ -66,10 +70,17 @@ def request_of(row: Row, number: int, default: Row, base: BaseModel) -> Request:
     Raises:
         ValueError: the row has no prompt, or a parameter is not usable.
     """
+    for name in row.keys() - _KEYS:
+        if near := difflib.get_close_matches(name, _KEYS, n=1, cutoff=0.8):
+            raise ValueError(f"unknown {name!r}; did you mean {near[0]!r}?")
     ids = row.get("prompt_token_ids")
     if ids is None:
         if not isinstance(row.get("prompt"), str):
             raise ValueError("expected a string 'prompt' or 'prompt_token_ids'")
+        try:
+            row["prompt"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not a text: {error.reason}") from None
         ids = tokens.encode_prompt(base.source.tokenizer, row["prompt"], _FORMAT.value)
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise ValueError("prompt_token_ids must be a list of integers")
@@ -77,6 +88,9 @@ def request_of(row: Row, number: int, default: Row, base: BaseModel) -> Request:
     if isinstance(own.get("stop"), str):
         own["stop"] = (own["stop"],)
     sampling = from_dict(Sampling, default | own)
+    count = row.get("num_samples", 1)
+    if type(count) is not int or count < 1:
+        raise ValueError(f"num_samples={count!r}: expected an int of at least 1")
     seed = row.get("seed", _SEED.value + number)
     if type(seed) is not int:
         raise ValueError(f"seed={seed!r}: expected int")
@@ -98,7 +112,7 @@ def read_rows(path: Path) -> Iterator[tuple[Row, str]]:
             row = json.loads(line.decode())
         except UnicodeDecodeError as error:
             yield {}, f"line {number} is not UTF-8 ({error.reason} at byte {error.start})"
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             yield {}, f"line {number} is not valid JSON ({error})"
         else:
             usable = isinstance(row, dict)
@@ -112,6 +126,7 @@ class Asked:
     number: int  # of the row
     row: Row
     request: Request | None
+    sample: int = 0  # of the row
     fault: str = ""
 
 
@@ -134,10 +149,11 @@ def asked_of(rows: Iterable[tuple[Row, str]], base: BaseModel) -> Iterator[Asked
                 raise ValueError(fault)
             request = request_of(row, number, default, base)
         except ValueError as error:
-            yield Asked(number, row, None, str(error))
+            yield Asked(number, row, None, fault=str(error))
         else:
-            for sample in request.samples(_NUM_SAMPLES.value):
-                yield Asked(number, row, sample)
+            count = row.get("num_samples", _NUM_SAMPLES.value)
+            for i, sample in enumerate(request.samples(count)):
+                yield Asked(number, row, sample, i)
 
 
 def completions(base: BaseModel, asked: Sequence[Asked]) -> Iterator[tuple[int, Completion]]:
@@ -177,8 +193,11 @@ def in_order(finished: Iterable[tuple[int, Completion]]) -> Iterator[tuple[int, 
 
 def output_row(asked: Asked, completion: Completion) -> Row:
     """What is written for a completion."""
+    prompt = asked.row.get("prompt", "")
+    if isinstance(prompt, str):
+        prompt = prompt.encode(errors="replace").decode()
     made = {
-        "prompt": asked.row.get("prompt", ""),
+        "prompt": prompt,
         "completion": completion.text,
         "prompt_token_ids": list(asked.request.prompt_ids) if asked.request else [],
         "token_ids": list(completion.token_ids),
@@ -189,7 +208,7 @@ def output_row(asked: Asked, completion: Completion) -> Row:
         made["full_logprobs"] = list(completion.full_logprobs)
     if completion.error:
         made["error"] = f"row {asked.number}: {completion.error}"
-    return {"row": asked.number, **made} if _AS_COMPLETED.value else made
+    return {"row": asked.number, "sample": asked.sample, **made} if _AS_COMPLETED.value else made
 
 
 def main() -> None:

@@ -61,8 +61,11 @@ def rows_times(spec: str, x: Float[Array, "T D"], kernel: Array) -> Float[Array,
     return contract(spec, jnp.concatenate([x, x]), kernel)[:1]
 
 
-def project(x: Float[Array, "*B D"], kernel: Float[Array, "D F"]) -> Float[Array, "*B F"]:
-    """`x @ kernel` in the dtype of `x`; the kernel is cast to it first."""
+def project(
+    x: Float[Array, "*B D"], kernel: Float[Array, "D F"], scale: Float[Array, "F"] | None = None
+) -> Float[Array, "*B F"]:
+    """`x @ kernel * scale` in the dtype of `x`; the kernel is cast to it first."""
     flat = x.reshape(-1, x.shape[-1])
-    y = rows_times("td,df->tf", flat, kernel).astype(x.dtype)
+    y = rows_times("td,df->tf", flat, kernel)
+    y = (y if scale is None else y * scale[None]).astype(x.dtype)
     return y.reshape(*x.shape[:-1], kernel.shape[1])

@@ -66,9 +66,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """Map the last axis; the result has the dtype of `x`."""
-        y = project(x, self.kernel[...])
-        if self.int8:
-            y = (y * along_last(self.kernel_scale[...], y.ndim)).astype(x.dtype)
+        y = project(x, self.kernel[...], self.kernel_scale[...] if self.int8 else None)
         if self.biased:
             y = (y + along_last(self.bias[...], y.ndim)).astype(x.dtype)
         if not self.adapted:

@@ -102,9 +102,9 @@ class BaseModel:
     ) -> Params:
         """Unstacked parameters for an `engine`: a copy, with the adapter merged into its kernels.
 
-        They are laid out for decoding, which would wait for the weights of an fsdp layout at every
-        token (`mesh.SAMPLING_RULES`). In bfloat16 the merged kernels round most of a small adapter
-        away, but to an effect below that of bfloat16 arithmetic itself (docs/sampling.md).
+        They are laid out for decoding (`mesh.SAMPLING_RULES`). In bfloat16 the merged kernels round
+        most of a small adapter away, but to an effect below that of bfloat16 arithmetic itself
+        (docs/sampling.md).
         """
         config = dataclasses.replace(self.config, int8_weights=int8_weights)
         shardings = mesh_lib.param_shardings(

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,36 @@ CASES = {
 
 def rows(model: Model, limits: Limits, repeats: int, names: list[str]) -> Iterator[Row]:
     """Lines of the table, as they are measured; each side of a case in a process of its own."""
-    config = sources.open_model(model.source).config
+    with tempfile.TemporaryDirectory() as folder:
+        config, _ = benchmarks.in_process(export, model.source, f"{folder}/model")
+        yield from _rows(model, limits, repeats, names, config, f"{folder}/model")
+
+
+def export(source: str, folder: str) -> ModelConfig:
+    """Write the model as transformers reads it."""
+    opened = sources.open_model(source)
+    convert.export(opened, opened.weights, Path(folder))
+    return opened.config
+
+
+def _rows(
+    model: Model, limits: Limits, repeats: int, names: list[str], config: ModelConfig, folder: str
+) -> Iterator[Row]:
     for name in names:
         case = CASES[name]
         ours = benchmarks.isolated(measure_ours, model, name, repeats, False)
         compare: list[tuple[str, Callable[..., Measured], tuple[Any, ...]]] = [
-            ("transformers generate", measure_transformers, (model, name, repeats, False))
+            (
+                "transformers generate",
+                measure_transformers,
+                (folder, model.dtype, name, repeats, False),
+            )
         ]
         if name == "mixed":
             static = (model, name, repeats, True)
             compare.append(("ours in static batches", measure_ours, static))
         if case.prefix:
-            cached = (model, name, repeats, True)
+            cached = (folder, model.dtype, name, repeats, True)
             compare.append(("transformers, prefix cached", measure_transformers, cached))
         for reference_name, function, arguments in compare:
             reference = benchmarks.isolated(function, *arguments)
@@ -119,23 +138,28 @@ def measure_ours(model: Model, name: str, repeats: int, static: bool) -> Measure
     return benchmarks.measure(run, repeats)
 
 
-def measure_transformers(model: Model, name: str, repeats: int, cached: bool) -> Measured:
-    """Useful tokens a second of `generate` in static batches; `cached`: the prefix is read once."""
+def measure_transformers(
+    folder: str, dtype: str, name: str, repeats: int, cached: bool
+) -> Measured:
+    """Useful tokens a second of `generate` in static batches; `cached`: the prefix is read once.
+
+    Args:
+        folder: Hugging Face directory of the model.
+    """
     import torch
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    case, source = CASES[name], sources.open_model(model.source)
-    with tempfile.TemporaryDirectory() as folder:
-        convert.export(source, source.weights, Path(folder) / "model")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(
-            Path(folder) / "model", dtype=getattr(torch, model.dtype)
-        ).eval()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # `past_key_values` until 6.0
+    case = CASES[name]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype)
+    ).eval()
     theirs.generation_config.eos_token_id = None
-    ids = torch.tensor(case.prompts(source.config.vocab_size))
+    ids = torch.tensor(case.prompts(theirs.config.vocab_size))
 
     @torch.no_grad()
-    def run() -> float:
+    def run(most: int = max(case.lengths)) -> float:
         before: Any = None
         if cached:
             before = theirs(ids[:1, : case.prefix], use_cache=True).past_key_values
@@ -147,12 +171,13 @@ def measure_transformers(model: Model, name: str, repeats: int, cached: bool) ->
             theirs.generate(
                 batch,
                 attention_mask=torch.ones_like(batch),
-                max_new_tokens=max(case.lengths[first : first + case.num_slots]),
+                max_new_tokens=min(max(case.lengths[first : first + case.num_slots]), most),
                 do_sample=False,
                 pad_token_id=0,
-                **({} if past is None else {"cache": past}),
+                past_key_values=past,
             )
         return sum(case.lengths)
 
-    # Nothing is compiled there: long cases are run once.
-    return benchmarks.measure(run, repeats if len(case.lengths) * case.prompt < 1 << 12 else 0)
+    run(2)  # nothing is compiled there: this warms up, and long cases are timed once
+    long = (case.prefix + case.prompt + max(case.lengths)) * len(case.lengths) > 1 << 13
+    return benchmarks.measure(run, 0 if long else repeats)

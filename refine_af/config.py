@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 import typing
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 DTYPES = ("float32", "bfloat16")
 PROMPT_FORMATS = ("raw", "chat")  # as it is; as the user's turn of a chat
 SFT_FORMATS = ("alpaca", "chat")
+_LEAST_TEMPERATURE = 1e-4  # below, logits divided by it overflow
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # of a block, by the names of models.layers
 
 
@@ -95,7 +97,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Validate."""
-        require(self.temperature >= 0, f"temperature={self.temperature}: expected >= 0")
+        for name in ("temperature", "presence_penalty", "repetition_penalty"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"{name}={value}: expected a finite number")
+        require(
+            self.temperature == 0 or self.temperature >= _LEAST_TEMPERATURE,
+            f"temperature={self.temperature}: expected 0 or at least {_LEAST_TEMPERATURE}",
+        )
         require(0 < self.top_p <= 1, f"top_p={self.top_p}: expected in (0, 1]")
         require(0 <= self.min_p <= 1, f"min_p={self.min_p}: expected in [0, 1]")
         require_positive(self, "", "repetition_penalty")

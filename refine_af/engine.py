@@ -28,6 +28,7 @@ from refine_af.sampling import CHUNK, Limits, Needs, Pack
 
 _TEXT_CHUNK = 16  # tokens between two looks for stop strings
 _LEAST_PLACES = 64  # of a cache
+_NO_LIMIT = 1 << 30  # tokens; more than any vocabulary has
 _SHRINK = 4  # the batch is made smaller when so many times fewer answers are left
 
 Progress = Callable[[int], None]  # called with the number of new tokens
@@ -42,7 +43,7 @@ class Engine:
         config: of the model whose (unstacked) parameters `generate` is given.
         num_slots: answers that are written at the same time, at most.
         max_read: prompt tokens that are read in one go.
-        memory: bytes that caches may take on a device; None: what is free.
+        cache_budget: bytes that caches may take on a device; None: what is free.
     """
 
     config: ModelConfig
@@ -51,7 +52,7 @@ class Engine:
     eos_ids: TokenIds
     num_slots: int
     max_read: int = 512
-    memory: int | None = None
+    cache_budget: int | None = None
 
     def generate(
         self, params: Params, requests: Sequence[Request], progress: Progress | None = None
@@ -98,8 +99,16 @@ class Engine:
                 f"the prompt has {length} tokens, and the model's context is "
                 f"{self.config.max_positions}; shorten it"
             )
-        odd = next((i for i in request.prompt_ids if not 0 <= i < vocab), None)
-        return "" if odd is None else f"token id {odd} in the prompt: expected 0 to {vocab - 1}"
+        if request.sampling.stop and self.tokenizer is None:
+            return "stop strings need a tokenizer, and this model has none; give stop_token_ids"
+        for name, ids in (
+            ("the prompt", request.prompt_ids),
+            ("stop_token_ids", request.sampling.stop_token_ids),
+        ):
+            odd = next((i for i in ids if not 0 <= i < vocab), None)
+            if odd is not None:
+                return f"token id {odd} in {name}: expected 0 to {vocab - 1}"
+        return ""
 
 
 class _Run:
@@ -117,7 +126,7 @@ class _Run:
         self.steps = _TEXT_CHUNK if any(a.request.sampling.stop for a in answers) else CHUNK
         shared = packing.shared_prefix([a.request.prompt_ids for a in answers])
         for answer in answers:
-            if shared and answer.own[: len(shared)] == shared:
+            if shared and len(answer.own) > len(shared) and answer.own[: len(shared)] == shared:
                 answer.own, answer.offset = answer.own[len(shared) :], len(shared)
         num_slots = self._affordable_slots(answers, len(shared))
         # Long ones first: what is left for the end is short.
@@ -147,13 +156,15 @@ class _Run:
         engine = self.engine
         parts = engine.mesh.shape["data"]
         wanted = min(packing.power_of_two(len(answers)), engine.num_slots)
+        longest = max(prefix_length, *(len(a.own) for a in answers))
         return memory.affordable_slots(
             engine.config,
             engine.mesh,
             wanted=-(-wanted // parts) * parts,
             length=packing.bucket(max(len(a.own) + a.budget for a in answers), _LEAST_PLACES),
             prefix_length=prefix_length,
-            free=engine.memory,
+            scratch_length=self._room(longest) if longest > engine.max_read or prefix_length else 0,
+            free=engine.cache_budget,
         )
 
     def _places(self, answers: Sequence[Answer]) -> int:
@@ -264,6 +275,11 @@ class _Run:
         scratch = self._extend(pieces, len(pieces), padding, None)
         return sampling.jit_prefix(self.definition, scratch, len(ids))
 
+    def _room(self, length: int) -> int:
+        """Columns of a cache into which a prompt of `length` tokens can be read in pieces."""
+        most = self.engine.max_read
+        return packing.bucket(-(-length // most), 1) * most
+
     def _extend(
         self, pieces: Sequence[np.ndarray], total: int, padding: int, offset: int | None
     ) -> KVCache:
@@ -272,8 +288,7 @@ class _Run:
         Args:
             offset: length of the shared prefix before them; None: it is not there yet.
         """
-        length = packing.power_of_two(total) * self.engine.max_read
-        scratch = sampling.jit_scratch(self.definition, length)
+        scratch = sampling.jit_scratch(self.definition, self._room(total * self.engine.max_read))
         for piece in pieces:
             scratch = sampling.jit_extend(
                 self.definition,
@@ -355,7 +370,7 @@ def _limits(answers: Sequence[Answer], size: int, num_stops: int) -> Limits:
     stops = [[*a.stop_ids, *[-1] * (num_stops - len(a.stop_ids))] for a in answers]
     return Limits(
         **{n: _repeated([getattr(s, n) for s in asked], np.float32, size) for n in floats},
-        top_k=_repeated([s.top_k for s in asked], np.int32, size),
+        top_k=_repeated([min(s.top_k, _NO_LIMIT) for s in asked], np.int32, size),
         max_new_tokens=_repeated([a.budget for a in answers], np.int32, size),
         stop_ids=_repeated(stops, np.int32, size),
         seed=_repeated([a.request.seed % 2**32 for a in answers], np.uint32, size),

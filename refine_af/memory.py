@@ -42,13 +42,17 @@ def affordable_slots(
     wanted: int,
     length: int,
     prefix_length: int,
+    scratch_length: int,
     free: int | None,
 ) -> int:
     """Slots whose caches fit into memory: `wanted`, or fewer with a notice on standard error.
 
     Args:
         wanted: a multiple of the number of parts of a batch.
-        length: tokens of the longest text. prefix_length: tokens of a shared beginning.
+        length: tokens of the longest text; caches grow up to it, so that an old one and a new
+            one are there at the same time.
+        prefix_length: tokens of a shared beginning.
+        scratch_length: tokens of the cache that a long prompt is read into.
         free: bytes on each device; None: what is free now.
 
     Raises:
@@ -56,10 +60,11 @@ def affordable_slots(
     """
     free = free_bytes(mesh) if free is None else free
     parts = mesh.shape["data"]
-    prefix = cache_bytes(config, mesh, 1, prefix_length) if prefix_length else 0
+    single = sum(cache_bytes(config, mesh, 1, n) for n in (prefix_length, scratch_length) if n)
 
     def needed(num_slots: int) -> int:
-        return prefix + cache_bytes(config, mesh, num_slots, length)
+        both = (cache_bytes(config, mesh, num_slots, n) for n in (length, length * 3 // 4))
+        return single + sum(both)
 
     num_slots = wanted
     while needed(num_slots) > free and num_slots > parts:

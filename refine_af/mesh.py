@@ -26,8 +26,8 @@ RULES: dict[str, Rule] = {
     "norm": None,
     "rank": None,
 }
-# For decoding: weights are cut over `fsdp` as over `tensor`, and stay where they are. Products of
-# parts are added up, which moves activations of single tokens instead of weights.
+# For decoding: weights are cut over `fsdp` as over `tensor`, so that partial products are added up
+# twice a layer, where the training layout would do so after every linear.
 SAMPLING_RULES: dict[str, Rule] = {
     **RULES,
     "embed": None,

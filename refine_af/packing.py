@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-TokenIds = tuple[int, ...]
+from refine_af.requests import TokenIds
 
 _PREFIX_STEP = 64  # lengths of a shared beginning, so that few programs are compiled
 _LEAST_SAVED = 512  # prompt tokens that a shared beginning must save
@@ -30,7 +30,7 @@ def power_of_two(size: int) -> int:
 def shared_prefix(prompts: Sequence[TokenIds]) -> TokenIds:
     """Longest beginning of most of the prompts, in steps of 64 tokens; () where it saves little.
 
-    At least one token of each prompt comes after it.
+    At least one token of each of those prompts comes after it.
     """
     found: TokenIds = ()
     sharing = list(prompts)
@@ -41,7 +41,7 @@ def shared_prefix(prompts: Sequence[TokenIds]) -> TokenIds:
         if 2 * count <= len(prompts):
             break
         found = beginning
-        sharing = [prompt for prompt in sharing if prompt[:length] == found]
+        sharing = [p for p in sharing if p[:length] == found and len(p) > length]
     saved = len(found) * (len(sharing) - 1)
     return found if saved >= _LEAST_SAVED else ()
 

@@ -31,7 +31,8 @@ class Completion:
     """What a request got.
 
     Attributes:
-        text: up to, and without, the stop token or stop string.
+        text: up to, and without, the stop token or stop string; special tokens are left out, so
+            that no stop string finds them (`stop_token_ids` does).
         token_ids: the drawn tokens, the fewest whose text holds `text` and what ended it: with the
             stop token, or the tokens of the stop string (the last of them may say more).
         logprobs: of each of them, in the distribution that it was drawn from.
@@ -100,10 +101,12 @@ class Answer:
         if not ended and not stops:
             return None
         text = tokens.decode(self.tokenizer, self.ids[:-1] if stopped else self.ids)
-        found = [at for stop in stops if (at := text.find(stop)) >= 0]
+        found = any(stop in text for stop in stops)
         if found:
+            # Searched again: what stands in the tokens that were cut must not count.
             self._cut(stops)
-            text = text[: min(found)]
+            text = tokens.decode(self.tokenizer, self.ids)
+            text = text[: min(at for stop in stops if (at := text.find(stop)) >= 0)]
         elif not ended:
             return None
         numbers = tuple(self.ids), tuple(self.logprobs), tuple(self.full_logprobs)

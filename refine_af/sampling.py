@@ -78,8 +78,7 @@ class Chosen(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """Prompts to be admitted, packed into R rows of T columns; A of them, the first `num_prompts` of
-    them real.
+    """Prompts to be read, packed into R rows of T columns; A of them, and `num_prompts` are real.
 
     Prompts that are equal share their columns.
     """
@@ -214,7 +213,7 @@ def decode(
 ) -> tuple[Slots, Chosen]:
     """Draw up to `steps` more tokens (at most CHUNK) for every slot, in one loop on the device.
 
-    The loop ends early when all slots are done, or `wake` of them. Column j of what is returned
+    The loop ends early when `wake` slots are done. Column j of what is returned
     holds the j-th token of this call; entries of a slot that is done are meaningless.
     """
     model = transformer.bind(definition, params)
@@ -229,8 +228,7 @@ def decode(
 
     def going(carry: tuple[Array, Slots, Chosen]) -> Array:
         i, slots, _ = carry
-        finished = jnp.sum(slots.done)
-        return (i < steps) & (finished < jnp.minimum(wake, batch))
+        return (i < steps) & (jnp.sum(slots.done) < wake)
 
     return jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), slots, found))[1:]
 
@@ -411,15 +409,13 @@ def prefix_of(definition: Definition, scratch: KVCache, length: int) -> Prefix:
 
 def select(slots: Slots, rows: Int[Array, "B'"]) -> Slots:
     """Fewer slots: those of the given numbers."""
-    end = slots.cache.end
-    chosen = jax.tree.map(lambda x: x[rows] if x.ndim else x, slots)
-    return chosen._replace(cache=chosen.cache._replace(end=end))
+    return jax.tree.map(lambda x: x[rows] if x.ndim else x, slots)
 
 
 jit_empty = functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))(empty_slots)
 jit_scratch = functools.partial(jax.jit, static_argnums=(0, 1))(scratch)
 jit_extend = functools.partial(jax.jit, static_argnums=0, donate_argnums=2)(extend)
-jit_read = functools.partial(jax.jit, static_argnums=(0, 5))(read)
+jit_read = functools.partial(jax.jit, static_argnums=(0, 5), donate_argnums=4)(read)
 jit_place = functools.partial(jax.jit, donate_argnums=0)(place)
 jit_decode = functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)(decode)
 jit_resize = functools.partial(jax.jit, static_argnums=(0, 2))(resize)

@@ -41,6 +41,7 @@ def changed(path: str, value: Any, config: Experiment = TINY) -> Experiment:
 LEAVES = dict(leaves(TINY))
 # Values that are possible instead of the tiny config's, where one more is not.
 OTHERS = {
+    **{f"{stage}.sampling.stop_token_ids": (1,) for stage in ("instructions", "ppo", "instances")},
     "model.dtype": "bfloat16",
     "model.param_dtype": "bfloat16",
     "instructions.classification_share": 0.5,
@@ -155,7 +156,7 @@ NOT_NEGATIVE = {
     "ppo.value_coef": "ppo.value_coef=-1.0: expected at least 0",
     "ppo.entropy_coef": "ppo.entropy_coef=-1.0: expected at least 0",
     "ppo.kl_coef": "ppo.kl_coef=-1.0: expected at least 0",
-    "ppo.sampling.temperature": "temperature=-1.0: expected >= 0",
+    "ppo.sampling.temperature": "temperature=-1.0: expected 0 or at least 0.0001",
     "ppo.sampling.top_k": "top_k=-1: expected at least 0",
     "evaluation.num_examples": "evaluation.num_examples=-1: expected at least 0",
 }
@@ -207,7 +208,7 @@ WORDS = "('q', 'k', 'v', 'o', 'gate', 'up', 'down')"
         ),
         ("sft.batch_size", 3, "sft.batch_size=3: must be a multiple of num_microbatches=2"),
         ("ppo.sampling.temperature", 0.0, "ppo.sampling.temperature: PPO must sample, use > 0"),
-        ("ppo.sampling.temperature", float("nan"), "temperature=nan: expected >= 0"),
+        ("ppo.sampling.temperature", float("nan"), "temperature=nan: expected a finite number"),
         ("ppo.sampling.top_p", 0.0, "top_p=0.0: expected in (0, 1]"),
         ("ppo.sampling.top_p", 1.5, "top_p=1.5: expected in (0, 1]"),
         ("ppo.sampling.stop", ("a", ""), "stop=('a', ''): expected strings that are not empty"),
@@ -243,8 +244,8 @@ WORDS = "('q', 'k', 'v', 'o', 'gate', 'up', 'down')"
         ("ppo.learning_rate", "1e-3", "ppo.learning_rate='1e-3': expected float"),
         ("ppo.whiten_advantages", 1, "ppo.whiten_advantages=1: expected bool"),
         ("model.source", None, "model.source=None: expected str"),
-        ("instances.sampling.stop", "\n", "instances.sampling.stop='\\n': expected strings"),
-        ("instances.sampling.stop", (1,), "instances.sampling.stop=(1,): expected strings"),
+        ("instances.sampling.stop", "\n", "instances.sampling.stop='\\n': expected a list of str"),
+        ("instances.sampling.stop", (1,), "instances.sampling.stop=(1,): expected a list of str"),
     ],
 )
 def test_impossible_values_are_refused(path: str, value: Any, message: str) -> None:
@@ -258,7 +259,7 @@ def test_impossible_values_are_refused(path: str, value: Any, message: str) -> N
 )
 def test_every_leaf_has_a_type_that_can_be_read(kind: type[Any]) -> None:
     for field in dataclasses.fields(kind):
-        readable = field.type in (bool, int, float, str, tuple[str, ...])
+        readable = field.type in (bool, int, float, str, tuple[str, ...], tuple[int, ...])
         assert readable or dataclasses.is_dataclass(field.type), field.name
 
 
@@ -317,7 +318,7 @@ def test_an_override_sets_one_field_in_its_type(
         ("--config.ppo.gamma=high", "flag --config.ppo.gamma=high: could not convert string to f"),
         ("--config.ppo.whiten_advantages=x", "flag --config.ppo.whiten_advantages=x: ('Non-boole"),
         ("--config.prompts.format=chats", "prompts.format='chats': expected one of ('raw', 'chat"),
-        ("--config.ppo.sampling.stop=(1,)", "ppo.sampling.stop=(1,): expected strings"),
+        ("--config.ppo.sampling.stop=(1,)", "ppo.sampling.stop=(1,): expected a list of str"),
         ("--config.ppo.gamma=2", "ppo.gamma=2.0: expected in [0, 1]"),
     ],
 )

@@ -205,7 +205,13 @@ def test_a_stop_string_is_cut_off_and_its_tokens_are_kept(end: int, size: int) -
 
 @pytest.mark.parametrize(
     ("stops", "text"),
-    [(("de", "bc"), ""), (("cd", "bcd"), ""), (("z", "de"), "bc"), (("no",), "bcdefg")],
+    [
+        (("de", "bc"), ""),
+        (("cd", "bcd"), ""),
+        (("z", "de"), "bc"),
+        (("no",), "bcdefg"),
+        (("bcdefg", "de"), "bc"),  # the long one is whole only in tokens that are cut
+    ],
     ids=str,
 )
 def test_the_earliest_of_several_stop_strings_counts(stops: tuple[str, ...], text: str) -> None:
@@ -275,6 +281,11 @@ def test_a_stream_answers_what_can_be_answered() -> None:
     assert found[1].token_ids == varied_completions()[0].token_ids
     assert (found[0].finish_reason, found[0].error) == ("error", "the prompt is empty")
     assert found[2].error == "token id 260 in the prompt: expected 0 to 259"
+
+
+def test_stop_strings_without_a_tokenizer_are_a_fault() -> None:
+    request = Request((5,), dataclasses.replace(SAMPLING, stop=("a",)))
+    assert engine(tokenizer=None).fault(request).startswith("stop strings need a tokenizer")
 
 
 def test_a_stream_gives_completions_as_they_finish() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refine_af import mesh
+from refine_af import mesh, seeds
 from refine_af.config import Mesh, Sampling
 from refine_af.engine import Engine
 from refine_af.models import convert, sources, transformer
@@ -101,19 +101,38 @@ def test_logits_agree_to_a_thousandth(
     np.testing.assert_allclose(actual, expected, atol=1e-3, rtol=0)
 
 
+def ragged_prompts(model: Source) -> list[tuple[int, ...]]:
+    """50 prompts of 1 to over 500 tokens."""
+    instructions = [task.instruction for task in seeds.load()]
+    texts = [
+        *PROMPTS,
+        *instructions[:38],
+        "\n".join(instructions[:12]),
+        " ".join(instructions[40:80]),
+    ]
+    return [tuple(ids_of(model, text)) for text in texts]
+
+
 @pytest.mark.slow
-def test_greedy_text_of_64_tokens_is_the_same_on_10_prompts(
+def test_greedy_text_is_the_same_on_50_ragged_prompts(
     model: Source, params: Params, reference: Any
 ) -> None:
-    sampling = Sampling(temperature=0.0, max_new_tokens=64)
+    """In slots that are refilled, packed and in pieces here; one by one there."""
+    prompts = ragged_prompts(model)
+    assert len(prompts) == 50 and min(map(len, prompts)) < 6 and max(map(len, prompts)) > 512
     one = mesh.make_mesh(Mesh(), jax.devices()[:1])
-    engine = Engine(model.config, model.tokenizer, one, model.eos_ids, num_slots=10)
-    requests = [Request(tuple(ids_of(model, text)), sampling) for text in PROMPTS]
+    engine = Engine(model.config, model.tokenizer, one, model.eos_ids, num_slots=16)
+    requests = [
+        Request(ids, Sampling(temperature=0.0, max_new_tokens=64 if i < 10 else 24))
+        for i, ids in enumerate(prompts)
+    ]
     unstacked = jax.jit(transformer.unstack_layers)(params)
     for request, completion in zip(requests, engine.generate(unstacked, requests), strict=True):
         with torch.no_grad():
             expected = reference[0].generate(
-                torch.tensor([request.prompt_ids]), max_new_tokens=64, do_sample=False
+                torch.tensor([request.prompt_ids]),
+                max_new_tokens=request.sampling.max_new_tokens,
+                do_sample=False,
             )[0, len(request.prompt_ids) :]
         assert list(completion.token_ids) == expected.tolist()
 

@@ -1,0 +1,89 @@
+"""The benchmark program: what it refuses, the arithmetic of its rows, one case for real."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from decoders import LLAMA
+
+from refine_af import benchmark_sampling, benchmarks
+from refine_af.benchmark_sampling import CASES
+from refine_af.benchmarks import Limits, Measured
+from refine_af.models.weights import expected_shapes
+
+
+def test_a_row_by_hand() -> None:
+    ours = Measured(rate=30.0, first_seconds=9.0, seconds=4.0, peak_mib=100.4)
+    theirs = Measured(rate=12.0, first_seconds=5.0, seconds=5.0, peak_mib=300.0)
+    row = benchmarks.row("sample", "batch1", "tokens/s", ours, theirs, "them", 1.0)
+    assert (row.ratio, row.limit_share, row.compile_seconds) == (2.5, 0.25, 5.0)
+    assert (row.peak_mib, row.reference_peak_mib) == (100, 300)
+
+
+def test_measuring_takes_the_median_after_a_first_run() -> None:
+    calls: list[int] = []
+
+    def run() -> float:
+        calls.append(1)
+        return 6.0
+
+    measured = benchmarks.measure(run, 3)
+    assert len(calls) == 4
+    assert measured.rate == pytest.approx(6.0 / measured.seconds)
+
+
+def test_limits_of_a_case_by_hand() -> None:
+    """Two slots, 3 + 1 tokens, prompts of 5 after 10 shared ones: 20 prompt tokens, 2 steps."""
+    case = benchmark_sampling.Case("case", 2, 5, (3, 1), prefix=10)
+    weights = sum(math.prod(shape) for shape in expected_shapes(LLAMA).values())
+    embedding = LLAMA.vocab_size * LLAMA.embed_dim
+    seconds = benchmark_sampling.limit_seconds(
+        case, LLAMA, "float32", Limits(bandwidth=4.0 * weights, flops=2.0 * weights)
+    )
+    assert seconds == pytest.approx(20 * (weights - embedding) / weights + 2 * 2.0)
+
+
+def test_cases_are_those_that_were_promised() -> None:
+    assert list(CASES) == ["batch1", "batch16", "batch32", "mixed", "prefix"]
+    lengths = CASES["mixed"].lengths
+    assert len(lengths) == 64 and min(lengths) >= 8 and max(lengths) == 256
+    assert 56 <= sum(lengths) / 64 <= 72
+    prompts = CASES["prefix"].prompts(1000)
+    assert len({prompt[:900] for prompt in prompts}) == 1 and len(set(prompts)) == 32
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "refine_af.launch.benchmark", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+
+
+@pytest.mark.parametrize("flag", ["suite", "cases"])
+def test_an_unknown_name_is_refused(flag: str) -> None:
+    run = program(f"--{flag}=nonsense")
+    assert run.returncode == 2
+    assert run.stderr.startswith(f"error: --{flag}=nonsense: expected some of [")
+
+
+@pytest.mark.slow
+def test_a_case_for_real(tmp_path: Path) -> None:
+    """Random weights: what is looked at is the form, not the speed."""
+    run = program(
+        "--model=random:tiny", "--cases=batch1", "--repeats=1", f"--output={tmp_path / 'out.json'}"
+    )
+    assert run.returncode == 0, run.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found) == {"environment", "rows"} and found["environment"]["gigaflops"] > 0
+    (row,) = found["rows"]
+    assert row.keys() == {field.name for field in dataclasses.fields(benchmarks.Row)}
+    assert (row["suite"], row["case"], row["unit"]) == ("sample", "batch1", "tokens/s")
+    assert min(row["ours"], row["reference"], row["peak_mib"], row["limit_share"]) > 0
