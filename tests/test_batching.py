@@ -91,7 +91,7 @@ def assert_same(actual: list[Completion], expected: list[Completion]) -> None:
 @pytest.mark.parametrize(
     ("model", "num_slots", "max_read", "prefix", "seed"),
     [
-        ("global", 8, 32, 70, 1),
+        pytest.param("global", 8, 32, 70, 1, marks=pytest.mark.slow),
         pytest.param("window", 2, 64, 0, 3, marks=pytest.mark.slow),
         ("alternating", 4, 32, 70, 5),
         *(

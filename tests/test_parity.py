@@ -168,6 +168,7 @@ def test_cached_decode_is_the_full_forward(model: Model) -> None:
     assert_cached_decode_agrees(model, EDGES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama3.1", "gemma3"])
 def test_cached_decode_is_the_full_forward_at_the_edges_of_long_prompts(name: str) -> None:
     assert FAR_EDGES[:4] == [64, 65, 128, 129] and FAR_EDGES[-4:] == [512, 513, 768, 769]
