@@ -73,9 +73,7 @@ class Run:
     def oracle(self) -> BaseModelJudge:
         """Reward oracle of the run."""
         base = self.base
-        return BaseModelJudge(
-            base.definition, base.params, base.tokenizer, base.mesh, self.config.ppo.batch_size
-        )
+        return BaseModelJudge(base.definition, base.params, base.tokenizer, base.mesh)
 
     def accepted_instructions(self) -> list[records.Row]:
         """Rows of stage 1.

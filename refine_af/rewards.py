@@ -6,7 +6,7 @@ An oracle is a function from a batch of examples to named arrays `[B]`. The pape
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import jax
@@ -15,8 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from refine_af import config as config_lib
-from refine_af import logprobs, tokens
-from refine_af.mesh import shard_batch
+from refine_af import logprobs, scoring
 from refine_af.models.transformer import Definition, Params
 
 COMPONENTS = ("rew", "nat", "und", "coh")
@@ -133,10 +132,9 @@ class BaseModelJudge:
     params: Params  # base, stacked layout
     tokenizer: PreTrainedTokenizerBase
     mesh: jax.sharding.Mesh
-    batch_size: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        """Components of any number of examples, scored `batch_size` at a time."""
+        """Components of any number of examples."""
         columns = {"rew": self._likelihood(examples)}
         texts = [
             f"Task: {e.context}\nResponse: {e.output}\n\n{question} Answer Yes or No.\nAnswer:"
@@ -158,7 +156,7 @@ class BaseModelJudge:
         def score(padded: jax.Array, lengths: jax.Array, first: jax.Array) -> jax.Array:
             return logprobs.mean_of_span(self.definition, self.params, padded, first, lengths)
 
-        return self._batched(score, rows, np.asarray(firsts, np.int32))
+        return scoring.by_length(score, rows, self.mesh, np.asarray(firsts, np.int32))
 
     def _yes(self, texts: Sequence[str]) -> np.ndarray:
         rows = [self.tokenizer(text).input_ids[-_MAX_TOKENS:] for text in texts]
@@ -172,19 +170,4 @@ class BaseModelJudge:
             logps = logprobs.next_token(self.definition, self.params, padded, lengths, candidates)
             return jax.nn.softmax(logps, axis=-1)[:, 0]
 
-        return self._batched(score, rows, np.zeros(len(rows), np.int32))
-
-    def _batched(
-        self, score: Callable[..., jax.Array], rows: Sequence[list[int]], extra: np.ndarray
-    ) -> np.ndarray:
-        """`score(tokens, lengths, extra)` over rows, shortest first, in batches of one size."""
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        results = np.zeros(len(rows), np.float64)
-        for begin in range(0, len(order), self.batch_size):
-            chosen = order[begin : begin + self.batch_size]
-            filled = chosen + [chosen[0]] * (self.batch_size - len(chosen))
-            lengths = np.asarray([len(rows[i]) for i in filled], np.int32)
-            padded = tokens.pad_right([rows[i] for i in filled], tokens.bucket(int(lengths.max())))
-            batch = shard_batch(self.mesh, (padded, lengths, extra[filled]))
-            results[chosen] = np.asarray(score(*batch))[: len(chosen)]
-        return results
+        return scoring.by_length(score, rows, self.mesh)

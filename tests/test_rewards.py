@@ -127,7 +127,7 @@ def base_judge() -> BaseModelJudge:
     devices = mesh.make_mesh(config_lib.Mesh(), jax.devices()[:2])
     definition = transformer.define(TINY)
     larger = jax.tree.map(lambda x: 5 * x, params)
-    return BaseModelJudge(definition, larger, TOKENIZER, devices, batch_size=4)
+    return BaseModelJudge(definition, larger, TOKENIZER, devices)
 
 
 @functools.cache
