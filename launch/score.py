@@ -2,16 +2,19 @@
 
 from pathlib import Path
 
+import numpy as np
 from absl import flags as absl_flags
 
 from refine_af import pipeline, records, rewards
 from refine_af.launch import flags
+from refine_af.progress import bar
 from refine_af.rewards import Example
 
 _EXAMPLES = absl_flags.DEFINE_string(
     "examples", None, "JSONL file of rows with strings instruction, input and output."
 )
 _OUTPUT = absl_flags.DEFINE_string("output", None, "JSONL file to write.")
+_AT_ONCE = 256  # examples that the oracle is given together
 
 
 def main() -> None:
@@ -21,10 +24,19 @@ def main() -> None:
     config = flags.experiment()
     oracle = pipeline.Run(config, target.parent).oracle()
     examples = [Example(row["instruction"], row["input"], row["output"]) for row in rows]
-    judged = rewards.judge(oracle, examples, [True] * len(rows), config.reward)
+    parts = []
+    with bar("score", total=len(rows), unit="example") as progress:
+        for first in range(0, len(rows), _AT_ONCE):
+            some = examples[first : first + _AT_ONCE]
+            parts.append(rewards.components(oracle, some))
+            progress.update(len(some))
+    table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    table = {rewards.WHOLE: rewards.combine(table, config.reward)} | {
+        name: column for name, column in table.items() if name != rewards.WHOLE
+    }
     scored = [
-        {**row, "reward": result.reward, **(result.components or {})}
-        for row, result in zip(rows, judged, strict=True)
+        {**row, **{name: float(column[i]) for name, column in table.items()}}
+        for i, row in enumerate(rows)
     ]
     records.write_text(target, "".join(map(records.to_line, scored)))
     print(f"{len(scored)} rows: {target}")

@@ -16,6 +16,9 @@ from typing import Any
 DTYPES = ("float32", "bfloat16")
 PROMPT_FORMATS = ("raw", "chat")  # as it is; as the user's turn of a chat
 SFT_FORMATS = ("alpaca", "chat")
+NORMALISATIONS = ("none", "batch")  # as they are; mean 0 and deviation 1 over the batch's answers
+PAPER_COMPONENTS = ("rew", "und", "nat", "coh")
+_NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _LEAST_TEMPERATURE = 1e-4  # below, logits divided by it overflow
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # of a block, by the names of models.layers
 
@@ -157,15 +160,39 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reward:
-    """r = rew*Rew + und*Und + nat*Nat + coh*Coh + bias (InstructMining, arXiv 2307.06290)."""
+    """r = rew*Rew + und*Und + nat*Nat + coh*Coh + bias (InstructMining, arXiv 2307.06290).
 
+    Components are first normalised, then clipped, then summed; the sum is clipped.
+    """
+
+    oracle: str = "judge"  # gives the components, see `refine_af.oracles`; several with commas
     rew: float = 0.0078
     und: float = -0.4421
     nat: float = 0.3212
     coh: float = 0.1520
     bias: float = -0.0274
+    others: tuple[str, ...] = ()  # "name=coefficient" of components of other oracles
+    normalise: str = "none"  # one of NORMALISATIONS
+    clip_components: float = 0.0  # largest magnitude of each component; 0: no limit
+    clip_reward: float = 0.0  # and of their sum; 0: no limit
     unparsable: float = -1.0  # reward of an answer without a usable output [U]
     missing_end_penalty: float = 0.5  # subtracted when the answer was cut by length [U]
+    cache: str = ""  # file of scores to be used again, by content; empty: the run's own
+    timeout: float = 60.0  # seconds that an HTTP oracle has for an answer
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require_one_of("reward.normalise", self.normalise, NORMALISATIONS)
+        require_at_least(0, self, "reward.", "clip_components", "clip_reward")
+        require_positive(self, "reward.", "timeout")
+        for item in self.others:
+            name, _, number = item.partition("=")
+            fits = name.isidentifier() and re.fullmatch(_NUMBER, number) is not None
+            require(
+                fits and name not in PAPER_COMPONENTS,
+                f"reward.others: {item!r}: expected name=coefficient, and a name that is none of "
+                f"{PAPER_COMPONENTS}",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

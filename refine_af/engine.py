@@ -55,9 +55,16 @@ class Engine:
     cache_budget: int | None = None
 
     def generate(
-        self, params: Params, requests: Sequence[Request], progress: Progress | None = None
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        progress: Progress | None = None,
+        finished: Callable[[int, Completion], object] | None = None,
     ) -> list[Completion]:
         """Completions in the order of the requests.
+
+        Args:
+            finished: called with the number and the completion of each request that is done.
 
         Raises:
             ValueError: a request has a fault, or the caches do not fit into memory.
@@ -66,7 +73,11 @@ class Engine:
             fault = self.fault(request)
             if fault:
                 raise ValueError(f"request {number}: {fault}")
-        found = dict(self.stream(params, requests, progress))
+        found = {}
+        for number, completion in self.stream(params, requests, progress):
+            found[number] = completion
+            if finished:
+                finished(number, completion)
         return [found[i] for i in range(len(requests))]
 
     def stream(

@@ -14,6 +14,7 @@ from refine_af import (
     finetuning,
     instances,
     instructions,
+    oracles,
     records,
     rlaf,
     seeds,
@@ -25,7 +26,7 @@ from refine_af.finetuning import FinetuningStage
 from refine_af.instances import InstanceStage
 from refine_af.instructions import InstructionStage
 from refine_af.report import write_report
-from refine_af.rewards import BaseModelJudge
+from refine_af.rewards import Oracle
 from refine_af.rlaf import RlafStage
 from refine_af.seeds import SeedTask
 
@@ -70,10 +71,9 @@ class Run:
         """Base model on the mesh."""
         return base_model.load(self.config.model, self.config.mesh)
 
-    def oracle(self) -> BaseModelJudge:
-        """Reward oracle of the run."""
-        base = self.base
-        return BaseModelJudge(base.definition, base.params, base.tokenizer, base.mesh)
+    def oracle(self, cache: Path | None = None) -> Oracle:
+        """Reward oracle of the run; `cache`: file of scores that it knows already."""
+        return oracles.load(self.config, lambda: self.base, cache)
 
     def accepted_instructions(self) -> list[records.Row]:
         """Rows of stage 1.
@@ -115,7 +115,8 @@ def train_ppo(run: Run) -> bool:
     if rlaf.steps_done(run.workdir) >= run.config.ppo.num_steps:
         return False
     texts = [row["instruction"] for row in rows]
-    RlafStage(run.config, run.base, run.oracle(), run.seeds, texts, run.workdir).run()
+    oracle = run.oracle(run.workdir / rlaf.SCORES)
+    RlafStage(run.config, run.base, oracle, run.seeds, texts, run.workdir).run()
     return True
 
 

@@ -1,25 +1,21 @@
 """Automated feedback: oracles give named components, a formula makes one reward of them.
 
 An oracle is a function from a batch of examples to named arrays `[B]`. The paper's components are
-`rew` (preference score), `nat`, `und` and `coh` (text quality in [0, 1]).
+`rew` (preference score), `nat`, `und` and `coh` (text quality in [0, 1]); an oracle may give
+others, and one named `reward` is the reward itself. `refine_af.oracles` makes the one that a config
+names.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from refine_af import config as config_lib
-from refine_af import logprobs, scoring
-from refine_af.models.transformer import Definition, Params
+from refine_af.config import PAPER_COMPONENTS, Reward
 
-COMPONENTS = ("rew", "nat", "und", "coh")
-_MAX_TOKENS = 512  # of a scored text; longer ones lose their beginning
+WHOLE = "reward"  # a component of this name takes the formula's place
+_LEAST_DEVIATION = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,23 +40,9 @@ class Oracle(Protocol):
         ...
 
 
-def combine(components: Mapping[str, float], options: config_lib.Reward) -> float:
-    """Reward of one example: the negated InstructMining rule (arXiv 2307.06290, eq. 5).
-
-    `r = .0078 Rew - .4421 Und + .3212 Nat + .1520 Coh - .0274` with the default coefficients.
-    """
-    return (
-        options.rew * components["rew"]
-        + options.und * components["und"]
-        + options.nat * components["nat"]
-        + options.coh * components["coh"]
-        + options.bias
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Reward of one answer; `components` is None when the answer could not be read."""
+    """Reward of one answer; `components` as the oracle gave them, None for an unusable answer."""
 
     reward: float
     components: dict[str, float] | None
@@ -70,7 +52,7 @@ def judge(
     oracle: Oracle,
     examples: Sequence[Example | None],
     ended: Sequence[bool],
-    options: config_lib.Reward,
+    options: Reward,
 ) -> list[Judgement]:
     """Rewards of a batch of answers.
 
@@ -79,15 +61,12 @@ def judge(
         ended: whether the answer came to its end; otherwise `missing_end_penalty` is subtracted.
 
     Raises:
-        ValueError: the oracle gave something that is not a finite number, or not one an example.
+        ValueError: the oracle failed, or gave something that is not a finite number, or not one an
+            example.
     """
     usable = [example for example in examples if example is not None]
-    table = oracle(usable) if usable else {}
-    for name, column in table.items():
-        if len(column) != len(usable):
-            raise ValueError(
-                f"reward oracle gave {len(column)} values of {name!r} for {len(usable)} examples"
-            )
+    table = components(oracle, usable) if usable else {}
+    rewards = combine(table, options) if usable else np.zeros(0)
     rows = iter(range(len(usable)))
     judgements = []
     for example, complete in zip(examples, ended, strict=True):
@@ -96,78 +75,94 @@ def judge(
             judgements.append(Judgement(options.unparsable - penalty, None))
             continue
         row = next(rows)
-        components = {name: float(column[row]) for name, column in table.items()}
-        _check(components, example)
-        judgements.append(Judgement(combine(components, options) - penalty, components))
+        parts = {name: float(column[row]) for name, column in table.items()}
+        judgements.append(Judgement(float(rewards[row]) - penalty, parts))
     return judgements
 
 
-def _check(components: Mapping[str, float], example: Example) -> None:
-    bad = {name: value for name, value in components.items() if not math.isfinite(value)}
-    missing = [name for name in COMPONENTS if name not in components]
-    if bad or missing:
-        raise ValueError(
-            f"reward oracle gave {bad or missing} ({'not finite' if bad else 'missing'}) for the "
-            f"instruction {example.instruction[:80]!r}"
-        )
+def components(oracle: Oracle, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Components of examples, float64 [B], checked.
 
-
-_QUESTIONS = {
-    "nat": "Is this a natural response to the task?",
-    "und": "Is this an understandable response?",
-    "coh": "Is this a coherent response to the task?",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class BaseModelJudge:
-    """The base model as its own oracle, for when no reward model is at hand.
-
-    `rew` is the mean log-probability of the output given the task, in nats (<= 0); `nat`, `und`
-    and `coh` are P(Yes) / (P(Yes) + P(No)) after a yes/no question, the manner of UniEval (arXiv
-    2210.07197). A weak judge: it prefers text that it would write itself.
+    Raises:
+        ValueError: as in `judge`; the example is named.
     """
+    given = _asked(oracle, examples)
+    table = {name: np.asarray(column, np.float64) for name, column in given.items()}
+    for name, column in table.items():
+        if column.shape != (len(examples),):
+            raise ValueError(
+                f"reward oracle gave {name!r} of shape {column.shape} for {len(examples)} examples"
+            )
+    for row, example in enumerate(examples):
+        bad = {n: float(column[row]) for n, column in table.items() if not np.isfinite(column[row])}
+        if bad:
+            raise ValueError(f"reward oracle gave {bad} (not finite) for {_named(example)}")
+    return table
 
-    definition: Definition
-    params: Params  # base, stacked layout
-    tokenizer: PreTrainedTokenizerBase
-    mesh: jax.sharding.Mesh
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        """Components of any number of examples."""
-        columns = {"rew": self._likelihood(examples)}
-        texts = [
-            f"Task: {e.context}\nResponse: {e.output}\n\n{question} Answer Yes or No.\nAnswer:"
-            for question in _QUESTIONS.values()
-            for e in examples
-        ]
-        answers = self._yes(texts).reshape(len(_QUESTIONS), len(examples))
-        return columns | dict(zip(_QUESTIONS, answers, strict=True))
+def _asked(oracle: Oracle, examples: Sequence[Example]) -> Mapping[str, Any]:
+    """What the oracle says; when it fails, it is asked again one by one, to name the example."""
+    try:
+        return oracle(examples)
+    except Exception as error:
+        culprit, fault = examples[0], error
+        for example in examples if len(examples) > 1 else ():
+            try:
+                oracle([example])
+            except Exception as alone:
+                culprit, fault = example, alone
+                break
+        what = fault if isinstance(fault, ValueError) else f"{type(fault).__name__}: {fault}"
+        raise ValueError(f"reward oracle failed on {_named(culprit)}: {what}") from error
 
-    def _likelihood(self, examples: Sequence[Example]) -> np.ndarray:
-        rows, firsts = [], []
-        for example in examples:
-            context = self.tokenizer(f"Task: {example.context}\nResponse:").input_ids
-            output = self.tokenizer(f" {example.output}", add_special_tokens=False).input_ids
-            row = [*context, *output][-_MAX_TOKENS:]
-            rows.append(row)
-            firsts.append(max(len(row) - len(output), 1))
 
-        def score(padded: jax.Array, lengths: jax.Array, first: jax.Array) -> jax.Array:
-            return logprobs.mean_of_span(self.definition, self.params, padded, first, lengths)
+def _named(example: Example) -> str:
+    return f"the instruction {example.instruction[:80]!r} with the output {example.output[:80]!r}"
 
-        return scoring.by_length(score, rows, self.mesh, np.asarray(firsts, np.int32))
 
-    def _yes(self, texts: Sequence[str]) -> np.ndarray:
-        rows = [self.tokenizer(text).input_ids[-_MAX_TOKENS:] for text in texts]
-        answers = [
-            self.tokenizer(answer, add_special_tokens=False).input_ids[-1]
-            for answer in (" Yes", " No")
-        ]
-        candidates = jnp.asarray(answers, jnp.int32)
+def combine(table: Mapping[str, np.ndarray], options: Reward) -> np.ndarray:
+    """Rewards of a batch, float64 [B]: the negated InstructMining rule (arXiv 2307.06290, eq. 5).
 
-        def score(padded: jax.Array, lengths: jax.Array, _: jax.Array) -> jax.Array:
-            logps = logprobs.next_token(self.definition, self.params, padded, lengths, candidates)
-            return jax.nn.softmax(logps, axis=-1)[:, 0]
+    `r = .0078 Rew - .4421 Und + .3212 Nat + .1520 Coh - .0274` with the default coefficients. A
+    component without a coefficient counts for nothing; one named `reward` is taken as it is.
 
-        return scoring.by_length(score, rows, self.mesh)
+    Args:
+        table: components, each [B].
+
+    Raises:
+        ValueError: a component that has a coefficient is missing.
+    """
+    shaped = {name: _shaped(np.asarray(column), options) for name, column in table.items()}
+    if WHOLE in shaped:
+        total = shaped[WHOLE]
+    else:
+        coefficients = _coefficients(table, options)
+        total = sum(factor * shaped[name] for name, factor in coefficients.items()) + options.bias
+    return np.asarray(_clipped(total, options.clip_reward))
+
+
+def _coefficients(table: Mapping[str, np.ndarray], options: Reward) -> dict[str, float]:
+    """Of all components that count; the paper's are left out when only others are given."""
+    paper = {"rew": options.rew, "und": options.und, "nat": options.nat, "coh": options.coh}
+    pairs = (item.partition("=") for item in options.others)
+    others = {name: float(number) for name, _, number in pairs}
+    if others and not any(name in table for name in PAPER_COMPONENTS):
+        paper = {}
+    factors = {name: factor for name, factor in (paper | others).items() if factor}
+    missing = [name for name in factors if name not in table]
+    if missing:
+        raise ValueError(
+            f"reward oracle gave {sorted(table)}, but {missing} (missing) have a coefficient; set "
+            "it to 0, name what counts in reward.others, or give a component named 'reward'"
+        )
+    return factors
+
+
+def _shaped(column: np.ndarray, options: Reward) -> np.ndarray:
+    if options.normalise == "batch":
+        column = (column - column.mean()) / max(column.std(), _LEAST_DEVIATION)
+    return _clipped(column, options.clip_components)
+
+
+def _clipped(x: np.ndarray, most: float) -> np.ndarray:
+    return np.clip(x, -most, most) if most else x

@@ -32,12 +32,14 @@ from refine_af.progress import bar
 from refine_af.randomness import generator, key_of, seed_of
 from refine_af.records import Row
 from refine_af.requests import Completion, Request
+from refine_af.score_cache import CachedOracle
 from refine_af.seeds import SeedTask
 from refine_af.training import TrainState
 
 CHECKPOINTS = "ppo/checkpoints"
 METRICS = "ppo/metrics.jsonl"
 ROLLOUTS = "ppo/rollouts.jsonl"
+SCORES = "ppo/scores.sqlite"  # what the oracle has said of answers
 _MAX_SKIPPED = 5  # optimizer steps with a gradient that is not finite
 
 
@@ -113,9 +115,9 @@ class RlafStage:
         options = self.config.ppo
         requests, instructions = batch
         began = time.monotonic()
-        completions = self._sample(state.params["adapter"], requests)
+        completions = self._sample(state.params["adapter"], requests, instructions)
         sampled = time.monotonic()
-        examples = self._parse(instructions, completions)
+        examples = [self._parse(*pair) for pair in zip(instructions, completions, strict=True)]
         judgements = rewards.judge(
             self.oracle,
             examples,
@@ -155,26 +157,29 @@ class RlafStage:
         }
         return state, figures, _answer_rows(step, instructions, completions, examples, judgements)
 
-    def _sample(self, adapter: Params, requests: list[Request]) -> list[Completion]:
+    def _sample(
+        self, adapter: Params, requests: list[Request], instructions: Sequence[str]
+    ) -> list[Completion]:
+        """Answers; an oracle that does not need the device scores the first ones meanwhile."""
         options = self.config.ppo
         int8 = options.int8_weights
         engine = self.base.engine(
             options.batch_size, int8_weights=int8, int8_cache=options.int8_cache
         )
         params = self.base.for_sampling(adapter, options.lora, int8_weights=int8)
-        return engine.generate(params, requests)
 
-    def _parse(
-        self, instructions: Sequence[str], completions: Sequence[Completion]
-    ) -> list[rewards.Example | None]:
-        examples: list[rewards.Example | None] = []
-        for instruction, completion in zip(instructions, completions, strict=True):
-            pair = prompts.parse_instance(
-                completion.text, accept_unmarked=self.config.prompts.accept_unmarked_output
-            )
-            usable = pair is not None and pair[1] != ""
-            examples.append(rewards.Example(instruction, *pair) if pair and usable else None)
-        return examples
+        def score_ahead(number: int, completion: Completion) -> None:
+            example = self._parse(instructions[number], completion)
+            if example and isinstance(self.oracle, CachedOracle):
+                self.oracle.prefetch([example])
+
+        return engine.generate(params, requests, finished=score_ahead)
+
+    def _parse(self, instruction: str, completion: Completion) -> rewards.Example | None:
+        pair = prompts.parse_instance(
+            completion.text, accept_unmarked=self.config.prompts.accept_unmarked_output
+        )
+        return rewards.Example(instruction, *pair) if pair and pair[1] else None
 
 
 def new_state(config: Experiment, base: BaseModel) -> TrainState:

@@ -47,6 +47,8 @@ OTHERS = {
     "instructions.classification_share": 0.5,
     "instructions.max_similarity": 0.5,
     "prompts.format": "chat",
+    "reward.others": ("good=1",),
+    "reward.normalise": "batch",
     "ppo.gamma": 0.5,
     "ppo.gae_lambda": 0.5,
     "ppo.batch_size": 16,

@@ -1,25 +1,13 @@
-"""Rewards: the formula by hand, what bad oracles and answers get, and the base model as judge."""
+"""Rewards: the formula by hand, and what bad oracles and answers get."""
 
-import functools
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from refine_af import config as config_lib
-from refine_af import mesh, rewards
-from refine_af.config import Reward
-from refine_af.models import transformer
-from refine_af.models.byte_tokenizer import byte_tokenizer
-from refine_af.models.registry import PRESETS
-from refine_af.rewards import BaseModelJudge, Example
-
-TINY = PRESETS["tiny"]
-TOKENIZER = byte_tokenizer()
-
+from refine_af import rewards
+from refine_af.config import PAPER_COMPONENTS, Reward
+from refine_af.rewards import Example
 
 # The formula
 
@@ -34,7 +22,7 @@ def test_combine_is_the_formula_of_the_paper() -> None:
 def test_combine_uses_each_configured_coefficient(name: str) -> None:
     """Powers of two, so that the sum is exact."""
     options = Reward(rew=2.0, und=-4.0, nat=8.0, coh=16.0, bias=0.5)
-    nothing = dict.fromkeys(rewards.COMPONENTS, 0.0)
+    nothing = dict.fromkeys(PAPER_COMPONENTS, 0.0)
     assert rewards.combine(nothing | {name: 0.25}, options) == 0.5 + getattr(options, name) * 0.25
 
 
@@ -53,7 +41,7 @@ def constant(**components: float) -> rewards.Oracle:
 def word_count(examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """An oracle whose `rew` tells its examples apart."""
     lengths = np.asarray([len(e.output.split()) for e in examples], np.float64)
-    return {name: np.zeros(len(examples)) for name in rewards.COMPONENTS} | {"rew": lengths}
+    return {name: np.zeros(len(examples)) for name in PAPER_COMPONENTS} | {"rew": lengths}
 
 
 PAYS = Reward(rew=1.0, bias=0.0, unparsable=-3.0, missing_end_penalty=0.25)
@@ -77,22 +65,25 @@ def test_an_oracle_is_not_asked_about_nothing() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_not_finite_names_the_instruction(bad: float) -> None:
     oracle = constant(rew=0.0, und=0.5, nat=bad, coh=0.5)
-    message = rf"reward oracle gave {{'nat': {bad}}} \(not finite\) for the instruction 'Sing\.'"
+    message = (
+        rf"reward oracle gave {{'nat': {bad}}} \(not finite\) for the instruction 'Sing\.' "
+        "with the output 'la'"
+    )
     with pytest.raises(ValueError, match=message):
         rewards.judge(oracle, [Example("Sing.", "", "la")], [True], PAYS)
 
 
 def test_a_missing_component_is_named() -> None:
-    with pytest.raises(ValueError, match=r"gave \['und', 'coh'\] \(missing\) for the instruction"):
+    with pytest.raises(ValueError, match=r"gave \['nat', 'rew'\], but \['und', 'coh'\] \(missing"):
         rewards.judge(constant(rew=0.0, nat=0.5), [Example("Sing.", "", "la")], [True], PAYS)
 
 
 @pytest.mark.parametrize("surplus", [-1, 1])
 def test_an_oracle_must_give_one_value_an_example(surplus: int) -> None:
     def oracle(examples: Sequence[Example]) -> dict[str, np.ndarray]:
-        return {name: np.zeros(len(examples) + surplus) for name in rewards.COMPONENTS}
+        return {name: np.zeros(len(examples) + surplus) for name in PAPER_COMPONENTS}
 
-    message = rf"reward oracle gave {2 + surplus} values of 'rew' for 2 examples"
+    message = rf"reward oracle gave 'rew' of shape \({2 + surplus},\) for 2 examples"
     with pytest.raises(ValueError, match=message):
         rewards.judge(oracle, [Example("Sing.", "", "la")] * 2, [True, True], PAYS)
 
@@ -107,101 +98,73 @@ def test_an_example_reads_as_instruction_then_input() -> None:
     assert Example("Sing.", "", "la").context == "Sing."
 
 
-# The base model as judge
+@pytest.mark.parametrize("name", ["rew", "und", "nat", "coh"])
+def test_a_component_that_counts_for_nothing_may_be_missing(name: str) -> None:
+    table = {other: np.ones(1) for other in PAPER_COMPONENTS if other != name}
+    options = Reward(rew=1.0, und=1.0, nat=1.0, coh=1.0, bias=0.0)
+    with pytest.raises(ValueError, match="missing"):
+        rewards.combine(table, options)
+    without = {**{other: 1.0 for other in PAPER_COMPONENTS}, name: 0.0}
+    assert rewards.combine(table, Reward(**without, bias=0.0)) == [3.0]
 
 
-EXAMPLES = [
-    Example("Add the numbers.", "1 2", "3"),
-    Example("Sing.", "", "la la la"),
-    Example("Name a colour of the sky at noon and at night.", "", "Blue; black."),
-    Example("Repeat.", "abc " * 20, "abc " * 20),
-    Example("Say nothing.", "", "."),
-]
+# Shaping
 
 
-@functools.cache
-def base_judge() -> BaseModelJudge:
-    """Random weights with logits of order 1, two devices' worth of data."""
-    params, _ = transformer.init(TINY, key=jax.random.key(0))
-    devices = mesh.make_mesh(config_lib.Mesh(), jax.devices()[:2])
-    definition = transformer.define(TINY)
-    larger = jax.tree.map(lambda x: 5 * x, params)
-    return BaseModelJudge(definition, larger, TOKENIZER, devices)
+TABLE = {"good": np.asarray([1.0, 2.0, 3.0, 6.0]), "long": np.asarray([0.0, 0.0, 4.0, 4.0])}
 
 
-@functools.cache
-def scores() -> dict[str, np.ndarray]:
-    return base_judge()(EXAMPLES)
+def test_other_components_have_coefficients_by_name() -> None:
+    """2 * good - .5 * long + 1."""
+    options = Reward(others=("good=2", "long=-.5"), bias=1.0)
+    np.testing.assert_array_equal(rewards.combine(TABLE, options), [3, 5, 5, 11])
 
 
-@jax.jit
-def full_logprobs(ids: jax.Array) -> jax.Array:
-    model = transformer.bind(base_judge().definition, base_judge().params)
-    logits = model.logits(model(ids, jnp.zeros(1, jnp.int32))[0])
-    return jax.nn.log_softmax(logits[0])
+def test_a_component_named_reward_is_the_reward() -> None:
+    table = {**TABLE, "reward": np.asarray([0.25, -1.0, 0.0, 9.0])}
+    np.testing.assert_array_equal(rewards.combine(table, Reward()), table["reward"])
 
 
-def logprobs(text: str) -> np.ndarray:
-    """Whole table [T, V] of what follows each token of a text that stands alone."""
-    ids = TOKENIZER(text).input_ids
-    return np.asarray(full_logprobs(np.asarray([ids + [0] * (512 - len(ids))])))[: len(ids)]
+def test_components_are_normalised_over_the_batch_then_clipped_then_summed() -> None:
+    """good: mean 3, deviation sqrt(3.5); long: mean 2, deviation 2, so -1 -1 1 1."""
+    options = Reward(others=("good=1", "long=1"), bias=0.0, normalise="batch")
+    good = np.asarray([-2, -1, 0, 3]) / np.sqrt(3.5)
+    np.testing.assert_allclose(
+        rewards.combine(TABLE, options), good + np.asarray([-1, -1, 1, 1]), rtol=1e-12
+    )
+    clipped = Reward(**{**vars(options), "clip_components": 0.6})
+    good = np.asarray([-0.6, -1 / np.sqrt(3.5), 0, 0.6])
+    wanted = good + np.asarray([-0.6, -0.6, 0.6, 0.6])
+    np.testing.assert_allclose(rewards.combine(TABLE, clipped), wanted, rtol=1e-12)
 
 
-def assert_same(actual: dict[str, np.ndarray], expected: dict[str, Any]) -> None:
-    assert set(actual) == set(expected) == set(rewards.COMPONENTS)
-    for name, column in actual.items():
-        np.testing.assert_allclose(column, expected[name], atol=1e-5, rtol=0, err_msg=name)
+def test_equal_components_normalise_to_nothing() -> None:
+    table = {"good": np.full(3, 7.0)}
+    options = Reward(others=("good=1",), bias=0.5, normalise="batch")
+    np.testing.assert_array_equal(rewards.combine(table, options), [0.5] * 3)
 
 
-def test_scores_are_probabilities_and_log_probabilities_that_differ() -> None:
-    for name in ("nat", "und", "coh"):
-        assert ((scores()[name] > 0) & (scores()[name] < 1)).all()
-    assert (scores()["rew"] < 0).all()
-    assert all(len(set(column.round(4))) == len(EXAMPLES) for column in scores().values())
+def test_the_reward_is_clipped_last_and_penalties_come_on_top() -> None:
+    options = Reward(rew=1.0, bias=0.0, clip_reward=1.5, missing_end_penalty=2.0)
+    answers = [Example("do", "", words) for words in ("a", "a b c", "a b c")]
+    judged = rewards.judge(word_count, answers, [True, True, False], options)
+    assert [j.reward for j in judged] == [1.0, 1.5, -0.5]
+    assert judged[1].components and judged[1].components["rew"] == 3.0  # as it was given
 
 
-def test_neighbours_order_and_padding_change_no_score() -> None:
-    judge = base_judge()
-    for name in rewards.COMPONENTS:
-        alone = np.concatenate([judge([example])[name] for example in EXAMPLES])
-        np.testing.assert_allclose(alone, scores()[name], atol=1e-5, rtol=0, err_msg=name)
-    turned = judge(EXAMPLES[::-1])
-    assert_same({name: column[::-1] for name, column in turned.items()}, scores())
+@pytest.mark.parametrize("item", ["good", "good=", "good=x", "2=1", "rew=1", "good=nan", "=1"])
+def test_coefficients_that_say_nothing_are_refused(item: str) -> None:
+    with pytest.raises(ValueError, match=r"reward\.others: .*: expected name=coefficient"):
+        Reward(others=(item,))
 
 
-def test_the_likelihood_is_the_mean_over_the_output() -> None:
-    """Bytes are tokens, so the span of the output is known; each is predicted one row before."""
-    for example, actual in zip(EXAMPLES, scores()["rew"], strict=True):
-        prompt, output = f"Task: {example.context}\nResponse:", f" {example.output}"
-        table, first = logprobs(prompt + output), len(prompt)
-        ids = TOKENIZER(output).input_ids
-        assert len(table) == first + len(ids)
-        expected = np.mean([table[first - 1 + i, token] for i, token in enumerate(ids)])
-        assert actual == pytest.approx(expected, abs=1e-5)
+def test_a_failing_oracle_names_the_example() -> None:
+    def oracle(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        return {"reward": np.asarray([1 / len(e.output) for e in examples])}
 
-
-def test_a_question_is_answered_by_yes_against_no() -> None:
-    """Of the byte tokenizer's candidates the last byte counts: `s` and `o`."""
-    example = EXAMPLES[0]
-    question = "Is this a natural response to the task? Answer Yes or No.\nAnswer:"
-    text = f"Task: {example.context}\nResponse: {example.output}\n\n{question}"
-    yes, no = (logprobs(text)[-1, TOKENIZER(c).input_ids[0]] for c in "so")
-    assert scores()["nat"][0] == pytest.approx(1 / (1 + np.exp(no - yes)), abs=1e-5)
-
-
-def test_a_long_text_loses_its_beginning() -> None:
-    """512 tokens are read: what lies before them changes nothing, what they hold does."""
-    tail = "x" * 600
-    texts = [Example("A", start + tail, "y") for start in ("", "zz", "z" * 300)]
-    other = Example("A", "w" * 600, "y")
-    columns = base_judge()([*texts, other])
-    for name, column in columns.items():
-        np.testing.assert_array_equal(column[1:3], column[0], err_msg=name)
-        assert abs(column[3] - column[0]) > 1e-4, name
-
-
-def test_an_output_longer_than_the_limit_is_scored_by_its_end() -> None:
-    example = Example("A", "", "y" * 700)
-    table = logprobs("y" * 512)
-    expected = table[np.arange(511), TOKENIZER("y" * 511).input_ids].mean()
-    assert base_judge()([example])["rew"][0] == pytest.approx(expected, abs=1e-5)
+    answers = [Example("Sing.", "", "la"), Example("Stop.", "", "")]
+    message = (
+        "reward oracle failed on the instruction 'Stop.' with the output '': ZeroDivisionError: "
+    )
+    with pytest.raises(ValueError, match=message):
+        rewards.judge(oracle, answers, [True, True], Reward())

@@ -1,0 +1,160 @@
+"""The oracle that `config.reward.oracle` names.
+
+| name | components |
+|---|---|
+| `judge`, `judge:MODEL` | `rew nat und coh` by the base model, or by another one |
+| `trained:NAME_OR_DIR` | `rew nat und coh` by heads that `launch.train_oracle` trained |
+| `oasst:DIR` | `rew` by the paper's reward model |
+| `unieval:DIR` | `nat und coh` by the paper's text-quality model |
+| `rules` | `length format language variety`, without any model |
+| `FILE.py:FUNCTION` | what the function gives for a list of examples |
+| `http://...`, `https://...` | what a server answers (`http_oracle`) |
+
+Several may be joined with commas, `oasst:DIR,unieval:DIR` is the paper's own pair.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from refine_af import base_model
+from refine_af.base_model import BaseModel
+from refine_af.config import Experiment
+from refine_af.http_oracle import HttpOracle
+from refine_af.judge_oracle import JudgeOracle
+from refine_af.rewards import WHOLE, Example, Oracle
+from refine_af.rule_oracle import rules
+from refine_af.score_cache import CachedOracle
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded:
+    """An oracle, and what its scores depend on."""
+
+    oracle: Oracle
+    identity: str
+    needs_device: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """Several oracles as one."""
+
+    oracles: Sequence[Oracle]
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """All of their components.
+
+        Raises:
+            ValueError: two give a component of the same name.
+        """
+        table: dict[str, np.ndarray] = {}
+        for oracle in self.oracles:
+            given = oracle(examples)
+            twice = sorted(set(table) & set(given))
+            if twice:
+                raise ValueError(f"config.reward.oracle: two of its oracles give {twice}")
+            table.update(given)
+        return table
+
+
+def load(config: Experiment, base: Callable[[], BaseModel], cache: Path | None) -> Oracle:
+    """Oracle of a run.
+
+    Args:
+        base: the run's base model; called only when an oracle uses it.
+        cache: file of known scores, unless the config names one; None: nothing is kept.
+
+    Raises:
+        ValueError: no such oracle, or it cannot be loaded.
+    """
+    names = [name.strip() for name in config.reward.oracle.split(",")]
+    parts = [_load(name, config, base) for name in names]
+    oracle = parts[0].oracle if len(parts) == 1 else Joined([part.oracle for part in parts])
+    path = Path(config.reward.cache) if config.reward.cache else cache
+    if path is None:
+        return oracle
+    identity = "\n".join(part.identity for part in parts)
+    return CachedOracle(oracle, path, identity, not any(part.needs_device for part in parts))
+
+
+def _load(name: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
+    if name.startswith(("http://", "https://")):
+        return Loaded(HttpOracle(name, config.reward.timeout), name, needs_device=False)
+    if ".py:" in name:
+        path, _, function = name.rpartition(":")
+        content = hashlib.sha256(_existing(path).read_bytes()).hexdigest()
+        return Loaded(_function(Path(path), function), f"{name} {content}", needs_device=False)
+    kind, _, argument = name.partition(":")
+    if kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"config.reward.oracle={name!r}: expected FILE.py:FUNCTION, an http(s) address or one "
+            f"of {list(KINDS)}{hint}"
+        )
+    return KINDS[kind](argument, config, base)
+
+
+def _judge(source: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
+    options = dataclasses.replace(config.model, source=source or config.model.source)
+    model = base_model.load(options, config.mesh) if source else base()
+    return Loaded(JudgeOracle(model), f"judge {options} {fingerprint(Path(options.source))}")
+
+
+def _rules(argument: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
+    if argument:
+        raise ValueError(f"config.reward.oracle='rules:{argument}': rules take no argument")
+    return Loaded(rules, "rules", needs_device=False)
+
+
+KINDS: dict[str, Callable[[str, Experiment, Callable[[], BaseModel]], Loaded]] = {
+    "judge": _judge,
+    "rules": _rules,
+}
+
+
+def fingerprint(path: Path) -> str:
+    """Changes when a file in a directory is written; "" where there is none (a name, say)."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    facts = [
+        (file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]
+    ]
+    return hashlib.sha256(repr(facts).encode()).hexdigest() if facts else ""
+
+
+def _existing(path: str) -> Path:
+    if not Path(path).is_file():
+        raise ValueError(f"config.reward.oracle: {path}: no such file; expected FILE.py:FUNCTION")
+    return Path(path)
+
+
+def _function(path: Path, name: str) -> Oracle:
+    """A function of a user's file, as an oracle.
+
+    It takes a list of `Example` and returns components by name, or one array, which is then the
+    reward itself.
+    """
+    spec = importlib.util.spec_from_file_location("reward_oracle", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise ValueError(f"{path}: no function {name!r}; it has {known}")
+
+    def oracle(examples: Sequence[Example]) -> Mapping[str, Any]:
+        given = function(list(examples))
+        return given if isinstance(given, Mapping) else {WHOLE: np.asarray(given)}
+
+    return oracle

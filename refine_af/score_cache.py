@@ -1,0 +1,116 @@
+"""Scores on disk, by content: what an oracle has said of an example it is not asked again."""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from refine_af.rewards import Example, Oracle
+
+_LOOKUPS = 500  # keys a query
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedOracle:
+    """An oracle with a memory: equal examples are scored once, in this run or a later one.
+
+    Attributes:
+        path: SQLite file, made when missing; several processes may use it.
+        identity: tells oracles apart that share a file; it changes when an oracle would.
+        ahead: whether `prefetch` may call the oracle from another thread while the device samples.
+    """
+
+    oracle: Oracle
+    path: Path
+    identity: str
+    ahead: bool = False
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        """Components of any number of examples.
+
+        Raises:
+            ValueError: the file is not such a cache, or cannot be written.
+        """
+        self._worker.submit(lambda: None).result()  # what was asked for ahead is there now
+        return self._score(examples)
+
+    def prefetch(self, examples: Sequence[Example]) -> None:
+        """Begin to score these, where that need not wait for the device.
+
+        What has come in meanwhile is scored together. A fault shows up when the oracle is called.
+        """
+        if self.ahead:
+            self._waiting.extend(examples)
+            self._worker.submit(self._score_waiting)
+
+    def _score_waiting(self) -> None:
+        examples = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if examples:
+            self._score(examples)
+
+    @functools.cached_property
+    def _waiting(self) -> collections.deque[Example]:
+        return collections.deque()
+
+    @functools.cached_property
+    def _worker(self) -> concurrent.futures.Executor:
+        return concurrent.futures.ThreadPoolExecutor(1)
+
+    def _score(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        keys = [self._key(example) for example in examples]
+        with self._open() as database:
+            known = _read(database, keys)
+        missing = {key: e for key, e in zip(keys, examples, strict=True) if key not in known}
+        if missing:
+            table = self.oracle(list(missing.values()))
+            fresh = {
+                key: {name: float(column[row]) for name, column in table.items()}
+                for row, key in enumerate(missing)
+            }
+            known |= fresh
+            if all(np.isfinite(list(scores.values())).all() for scores in fresh.values()):
+                with self._open() as database:
+                    _write(database, fresh)
+        names = known[keys[0]] if keys else {}
+        return {name: np.asarray([known[key][name] for key in keys]) for name in names}
+
+    def _key(self, example: Example) -> str:
+        parts = [self.identity, example.instruction, example.input, example.output]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as database, database:
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, components TEXT)"
+                )
+                yield database
+        except sqlite3.Error as error:
+            raise ValueError(f"{self.path}: no usable cache of scores ({error})") from None
+
+
+def _read(database: sqlite3.Connection, keys: Sequence[str]) -> dict[str, dict[str, float]]:
+    found = {}
+    for first in range(0, len(keys), _LOOKUPS):
+        some = keys[first : first + _LOOKUPS]
+        marks = ",".join("?" * len(some))
+        query = f"SELECT key, components FROM scores WHERE key IN ({marks})"
+        found.update({key: json.loads(text) for key, text in database.execute(query, some)})
+    return found
+
+
+def _write(database: sqlite3.Connection, rows: dict[str, dict[str, float]]) -> None:
+    database.executemany(
+        "INSERT OR REPLACE INTO scores VALUES (?, ?)",
+        [(key, json.dumps(scores)) for key, scores in rows.items()],
+    )
