@@ -45,6 +45,8 @@ def get_config() -> Experiment:
             learning_rate=1e-3,
             warmup_steps=1,
             checkpoint_every=1,
+            num_eval_prompts=2,
+            num_eval_samples=2,
             lora=Lora(rank=2, alpha=4.0),
             sampling=Sampling(temperature=1.0, max_new_tokens=32),
         ),

@@ -220,6 +220,8 @@ class Ppo:
     whiten_advantages: bool = True
     checkpoint_every: int  # steps
     keep_checkpoints: int = 2
+    num_eval_prompts: int = 0  # instructions kept from training, to measure the reward on
+    num_eval_samples: int = 4  # answers to each of them
     int8_weights: bool = False  # of rollouts; their drift is `drift/logprob_max` in the metrics
     int8_cache: bool = False  # of rollouts
     lora: Lora
@@ -233,6 +235,11 @@ class Ppo:
         require_at_least(0, self, "ppo.", "warmup_steps", "value_coef", "entropy_coef", "kl_coef")
         sizes = ("learning_rate", "max_grad_norm", "adam_eps", "clip_eps", "value_clip_eps")
         require_positive(self, "ppo.", *sizes, "kl_target")
+        require_at_least(1, self, "ppo.", "num_eval_samples")
+        require(
+            self.num_eval_prompts == 0 or self.num_eval_prompts > 1,
+            f"ppo.num_eval_prompts={self.num_eval_prompts}: expected 0 or at least 2",
+        )
         pieces = self.num_minibatches * self.num_microbatches
         require(
             self.batch_size % pieces == 0,
@@ -341,6 +348,12 @@ class Experiment:
     def __post_init__(self) -> None:
         """Validate."""
         require_at_least(0, self, "", "seed")
+        total = self.instructions.num_instructions
+        require(
+            self.ppo.num_eval_prompts < total,
+            f"ppo.num_eval_prompts={self.ppo.num_eval_prompts}: must be below "
+            f"instructions.num_instructions={total}, or nothing is left to train on",
+        )
 
 
 def config_hash(config: Experiment) -> str:

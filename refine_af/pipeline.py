@@ -15,6 +15,7 @@ from refine_af import (
     instances,
     instructions,
     oracles,
+    ppo_evaluation,
     records,
     rlaf,
     seeds,
@@ -112,11 +113,12 @@ def generate_instructions(run: Run) -> bool:
 def train_ppo(run: Run) -> bool:
     """Stage 2."""
     rows = run.accepted_instructions()
-    if rlaf.steps_done(run.workdir) >= run.config.ppo.num_steps:
+    if rlaf.finished(run.config, run.workdir):
         return False
     texts = [row["instruction"] for row in rows]
     oracle = run.oracle(run.workdir / rlaf.SCORES)
-    RlafStage(run.config, run.base, oracle, run.seeds, texts, run.workdir).run()
+    parts = ppo_evaluation.split(texts, run.config.ppo.num_eval_prompts, run.config.seed)
+    RlafStage(run.config, run.base, oracle, run.seeds, *parts, run.workdir).run()
     return True
 
 

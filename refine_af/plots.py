@@ -182,15 +182,15 @@ def reward(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 @_inline_svg(_FULL_WIDTH, 230)
-def reward_components(figure: Figure, rows: Sequence[Row]) -> None:
-    """The four scores that the reward is made of, one panel each, on their own scales."""
-    titles = {
-        "reward/rew": "preference (rew)",
-        "reward/nat": "naturalness (nat)",
-        "reward/und": "understandability (und)",
-        "reward/coh": "coherence (coh)",
+def reward_components(figure: Figure, rows: Sequence[Row], names: Sequence[str]) -> None:
+    """The scores that the reward is made of, one panel each, on their own scales."""
+    known = {
+        "rew": "preference (rew)",
+        "nat": "naturalness (nat)",
+        "und": "understandability (und)",
+        "coh": "coherence (coh)",
     }
-    _panels(figure, rows, titles)
+    _panels(figure, rows, {f"reward/{name}": known.get(name, name) for name in names})
 
 
 @_inline_svg(_FULL_WIDTH, 250)
@@ -346,16 +346,34 @@ def evaluation(figure: Figure, scores: Mapping[str, Mapping[str, float]]) -> Non
         scores: for each arm, by its name and the one before training first, the score of each
             task, 0 to 100. The gain is that of the last arm over the first.
     """
+    axes = _paired(figure, scores)
+    if axes:
+        axes.set_xlabel("ROUGE-L")
+        axes.set_xlim(-1, 101)
+
+
+@_inline_svg(_FULL_WIDTH, 300)
+def held_out(figure: Figure, rewards: Mapping[str, Mapping[str, float]]) -> None:
+    """Reward of every held-out instruction before and after, largest gain at the top.
+
+    Args:
+        rewards: for each arm, by its name, the mean reward of each instruction.
+    """
+    axes = _paired(figure, rewards)
+    if axes:
+        axes.set_xlabel("reward")
+
+
+def _paired(figure: Figure, scores: Mapping[str, Mapping[str, float]]) -> Axes | None:
+    """A row for each thing that was scored, with a mark for each arm; None without any."""
     if not scores:
-        return
+        return None
     arms = list(scores)
     first, last = scores[arms[0]], scores[arms[-1]]
     tasks = sorted(first.keys() & last.keys(), key=lambda task: (first[task] - last[task], task))
     if not tasks:
-        return
+        return None
     axes = _bar_rows(figure, tasks)
-    axes.set_xlabel("ROUGE-L")
-    axes.set_xlim(-1, 101)
     positions = range(len(tasks))
     axes.hlines(
         positions,
@@ -373,6 +391,7 @@ def evaluation(figure: Figure, scores: Mapping[str, Mapping[str, float]]) -> Non
             values, positions, marker, color=colour, markersize=9, markeredgewidth=2, label=arm
         )
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderpad=0, handlelength=1)
+    return axes
 
 
 @_inline_svg(_FULL_WIDTH, 300)

@@ -32,6 +32,15 @@ _MAX_EXAMPLE = 160  # characters of the example of a drop reason
 # Arms of an evaluation: before training first, the method itself last.
 _ARMS = {"base": "base model", "self_instruct": "Self-Instruct", "refine_af": "REFINE-AF"}
 
+# Figures of answers to held-out instructions.
+_FIGURES = {
+    "reward": "reward",
+    "kl": "KL from the starting model (nats per answer)",
+    "tokens": "length (tokens)",
+    "ended": "share that end by themselves",
+    "parsed": "share with a usable output",
+}
+
 _INSTRUCTION_REASONS = {
     "too_short": "fewer words than an instruction needs",
     "too_long": "more words than the limit",
@@ -127,12 +136,40 @@ def _ppo(workdir: Path) -> Section | None:
         },
         "metrics": _extremes(rows),
         "rollouts": _first_and_last(read_rows(workdir / "ppo" / "rollouts.jsonl")),
+        "components_of": _component_names(rows),
+        "held_out": _held_out(workdir),
         "reward": Markup(plots.reward(rows)),
-        "components": Markup(plots.reward_components(rows)),
+        "components": Markup(plots.reward_components(rows, _component_names(rows))),
         "divergence": Markup(plots.divergence(rows)),
         "answers": Markup(plots.answers(rows)),
         "policy": Markup(plots.policy(rows)),
         "critic": Markup(plots.critic(rows)),
+    }
+
+
+def _component_names(rows: Sequence[Row]) -> list[str]:
+    """Components that the oracle gave, the paper's first in its order."""
+    paper = ("rew", "nat", "und", "coh")
+    names = {key.removeprefix("reward/") for row in rows for key in row if key[:7] == "reward/"}
+    names -= {"mean", "std", "parsed_share"}
+    return [n for n in paper if n in names] + sorted(names.difference(paper))
+
+
+def _held_out(workdir: Path) -> Section | None:
+    """Answers to instructions that training did not see, before and after."""
+    found = _read_json(workdir / "ppo" / "evaluation.json")
+    if not found:
+        return None
+    before, after = found["before"], found["after"]
+    labels = [f"{i + 1}. {text}" for i, text in enumerate(found["instructions"])]
+    rewards = {
+        f"{arm} PPO": dict(zip(labels, found["rewards"][arm], strict=True))
+        for arm in ("before", "after")
+    }
+    return {
+        **{key: found[key] for key in ("num_instructions", "num_samples", "difference")},
+        "rows": [(_FIGURES.get(n, n), before.get(n), after[n]) for n in after],
+        "figure": Markup(plots.held_out(rewards)),
     }
 
 
@@ -303,6 +340,7 @@ def _environment() -> jinja2.Environment:
         "fixed": _fixed,
         "share": _share,
         "short": _short,
+        "signed": lambda number, decimals: f"{number:+.{decimals}f}".replace("-", _MINUS),
     }
     return environment
 

@@ -16,6 +16,7 @@ from tensorboardX import SummaryWriter
 from refine_af import (
     checkpoints,
     policy_update,
+    ppo_evaluation,
     prompts,
     records,
     rewards,
@@ -32,6 +33,7 @@ from refine_af.progress import bar
 from refine_af.randomness import generator, key_of, seed_of
 from refine_af.records import Row
 from refine_af.requests import Completion, Request
+from refine_af.rollout import Reading, Rollout
 from refine_af.score_cache import CachedOracle
 from refine_af.seeds import SeedTask
 from refine_af.training import TrainState
@@ -51,7 +53,8 @@ class RlafStage:
     base: BaseModel
     oracle: rewards.Oracle
     seeds: Sequence[SeedTask]
-    instructions: Sequence[str]
+    instructions: Sequence[str]  # to train on
+    held_out: Sequence[str]
     workdir: Path
 
     def run(self) -> None:
@@ -59,7 +62,9 @@ class RlafStage:
         options = self.config.ppo
         update = policy_update.make_update(self.base.adapted(options.lora), options, self.base.mesh)
         batches = [self._requests(step) for step in range(options.num_steps)]
-        length = tokens.bucket(max(len(r.prompt_ids) for batch, _ in batches for r in batch))
+        measured = self._held_out_requests()
+        asked = [*measured, *(request for batch, _ in batches for request in batch)]
+        length = tokens.bucket(max(len(request.prompt_ids) for request in asked))
         with checkpoints.open_manager(
             self.workdir / CHECKPOINTS, keep=options.keep_checkpoints
         ) as manager:
@@ -85,6 +90,8 @@ class RlafStage:
                         kl=f"{metrics['kl/k1']:.2f}",
                         tokens_per_second=f"{metrics['time/tokens_per_second']:.0f}",
                     )
+        if measured:
+            self._evaluate(state, measured, length)
 
     def _requests(self, step: int) -> tuple[list[Request], list[str]]:
         """The step's prompts and their instructions: passes over shuffled instructions."""
@@ -97,12 +104,27 @@ class RlafStage:
             index = step * options.batch_size + row
             order = generator(self.config.seed, "ppo/order", index // total).permutation(total)
             instruction = self.instructions[order[index % total]]
-            text = prompts.instance_prompt(instruction, shown, self.config.prompts.num_demos, rng)
-            ids = tokens.encode_prompt(self.base.tokenizer, text, self.config.prompts.format)
             seed = seed_of(self.config.seed, "ppo/request", step, row)
-            requests.append(Request(tuple(ids), options.sampling, seed))
+            requests.append(self._request(instruction, shown, rng, seed))
             chosen.append(instruction)
         return requests, chosen
+
+    def _held_out_requests(self) -> list[Request]:
+        """Several for each held-out instruction, all with its one prompt."""
+        shown, requests = prompts.demos(self.seeds, self.config.prompts), []
+        for i, instruction in enumerate(self.held_out):
+            for sample in range(self.config.ppo.num_eval_samples):
+                rng = generator(self.config.seed, "ppo/eval_demos", i)
+                seed = seed_of(self.config.seed, "ppo/eval", i, sample)
+                requests.append(self._request(instruction, shown, rng, seed))
+        return requests
+
+    def _request(
+        self, instruction: str, shown: Sequence[SeedTask], rng: np.random.Generator, seed: int
+    ) -> Request:
+        text = prompts.instance_prompt(instruction, shown, self.config.prompts.num_demos, rng)
+        ids = tokens.encode_prompt(self.base.tokenizer, text, self.config.prompts.format)
+        return Request(tuple(ids), self.config.ppo.sampling, seed)
 
     def _step(
         self,
@@ -112,36 +134,14 @@ class RlafStage:
         batch: tuple[list[Request], list[str]],
         prompt_length: int,
     ) -> tuple[TrainState, dict[str, float], list[Row]]:
-        options = self.config.ppo
         requests, instructions = batch
         began = time.monotonic()
         completions = self._sample(state.params["adapter"], requests, instructions)
         sampled = time.monotonic()
-        examples = [self._parse(*pair) for pair in zip(instructions, completions, strict=True)]
-        judgements = rewards.judge(
-            self.oracle,
-            examples,
-            [c.finish_reason == "stop" for c in completions],
-            self.config.reward,
-        )
+        examples, judgements = self._judge(instructions, completions)
         scored = time.monotonic()
-        rows = rollout.build(
-            requests,
-            completions,
-            [j.reward for j in judgements],
-            prompt_length,
-            options.sampling.max_new_tokens,
-        )
-        rows = shard_batch(self.base.mesh, rows)
-        reading = rollout.jit_read(
-            self.base.adapted(options.lora),
-            self.base.definition,
-            self.base.params,
-            state.params,
-            rows,
-            options.sampling.temperature,
-            options.num_minibatches * options.num_microbatches,
-        )
+        scores = [j.reward for j in judgements]
+        rows, reading = self._read(state, requests, completions, scores, prompt_length)
         key = key_of(self.config.seed, "ppo/permutation", step)
         state, metrics = update(self.base.params, state, rows, reading, key)
         figures = {name: float(value) for name, value in metrics.items()}
@@ -157,8 +157,76 @@ class RlafStage:
         }
         return state, figures, _answer_rows(step, instructions, completions, examples, judgements)
 
+    def _judge(
+        self, instructions: Sequence[str], completions: Sequence[Completion]
+    ) -> tuple[list[rewards.Example | None], list[rewards.Judgement]]:
+        examples = [self._parse(*pair) for pair in zip(instructions, completions, strict=True)]
+        ended = [c.finish_reason == "stop" for c in completions]
+        return examples, rewards.judge(self.oracle, examples, ended, self.config.reward)
+
+    def _read(
+        self,
+        state: TrainState,
+        requests: Sequence[Request],
+        completions: Sequence[Completion],
+        scores: Sequence[float],
+        prompt_length: int,
+    ) -> tuple[Rollout, Reading]:
+        """A batch of answers on the mesh, and what the models say of it."""
+        options = self.config.ppo
+        rows = rollout.build(
+            requests, completions, scores, prompt_length, options.sampling.max_new_tokens
+        )
+        rows = shard_batch(self.base.mesh, rows)
+        return rows, rollout.jit_read(
+            self.base.adapted(options.lora),
+            self.base.definition,
+            self.base.params,
+            state.params,
+            rows,
+            options.sampling.temperature,
+            options.num_minibatches * options.num_microbatches,
+        )
+
+    def _evaluate(self, state: TrainState, requests: list[Request], prompt_length: int) -> None:
+        """Compare the answers to held-out instructions before and after training."""
+        count = self.config.ppo.num_eval_samples
+        instructions = [text for text in self.held_out for _ in range(count)]
+
+        progress = bar("ppo evaluation", total=2 * len(requests), unit="answer")
+
+        def answer(arm: str) -> ppo_evaluation.Arm:
+            params = state.params if arm == "after" else new_state(self.config, self.base).params
+            completions = self._sample(params["adapter"], requests, instructions, progress)
+            _, judgements = self._judge(instructions, completions)
+            then = state._replace(params=params)
+            return completions, judgements, self._kl(then, requests, completions, prompt_length)
+
+        with progress:
+            ppo_evaluation.compare(self.workdir, self.held_out, count, answer, self.config.seed)
+
+    def _kl(
+        self,
+        state: TrainState,
+        requests: Sequence[Request],
+        completions: Sequence[Completion],
+        prompt_length: int,
+    ) -> np.ndarray:
+        """Log-ratio of policy and reference over each answer, in batches of training's shape."""
+        size, found = self.config.ppo.batch_size, []
+        for first in range(0, len(requests), size):
+            some = np.resize(np.arange(first, min(first + size, len(requests))), size)
+            chosen = [requests[i] for i in some], [completions[i] for i in some]
+            _, reading = self._read(state, *chosen, [0.0] * size, prompt_length)
+            found.append(np.asarray(reading.logprobs - reading.ref_logprobs).sum(axis=1))
+        return np.concatenate(found)[: len(requests)]
+
     def _sample(
-        self, adapter: Params, requests: list[Request], instructions: Sequence[str]
+        self,
+        adapter: Params,
+        requests: list[Request],
+        instructions: Sequence[str],
+        progress: bar | None = None,
     ) -> list[Completion]:
         """Answers; an oracle that does not need the device scores the first ones meanwhile."""
         options = self.config.ppo
@@ -168,12 +236,15 @@ class RlafStage:
         )
         params = self.base.for_sampling(adapter, options.lora, int8_weights=int8)
 
-        def score_ahead(number: int, completion: Completion) -> None:
+        def finished(number: int, completion: Completion) -> None:
             example = self._parse(instructions[number], completion)
             if example and isinstance(self.oracle, CachedOracle):
                 self.oracle.prefetch([example])
+            if progress:
+                progress.update()
 
-        return engine.generate(params, requests, finished=score_ahead)
+        counted = progress.count_tokens if progress else None
+        return engine.generate(params, requests, counted, finished)
 
     def _parse(self, instruction: str, completion: Completion) -> rewards.Example | None:
         pair = prompts.parse_instance(
@@ -234,6 +305,12 @@ def _answer_rows(
             zip(instructions, completions, examples, judgements, strict=True)
         )
     ]
+
+
+def finished(config: Experiment, workdir: Path) -> bool:
+    """Whether all steps are done, and measured where that is asked for."""
+    measured = (workdir / ppo_evaluation.SUMMARY).exists() or not config.ppo.num_eval_prompts
+    return measured and steps_done(workdir) >= config.ppo.num_steps
 
 
 def steps_done(workdir: Path) -> int:

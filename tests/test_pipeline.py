@@ -37,6 +37,8 @@ WHOLE = (
     "instructions.jsonl",
     "rejected_instructions.jsonl",
     "ppo/rollouts.jsonl",
+    "ppo/evaluation.json",
+    "ppo/evaluation.jsonl",
     "instances.jsonl",
     "rejected_instances.jsonl",
     "dataset/README.md",

@@ -25,6 +25,7 @@ FIGURES = [
     "Form of the answers",
     "Size of the policy updates",
     "Value head",
+    "Reward of each held-out instruction",
     "Loss",
     "ROUGE-L on every task",
     "Wall-clock time of the stages",
@@ -118,6 +119,19 @@ def write_stage_files(path: Path) -> None:
     append_rows(
         path / "ppo/rollouts.jsonl",
         [rollout(0, None), rollout(1, "the middle"), rollout(3, "the end")],
+    )
+    before, after = {"reward": -0.5, "rew": 1.0, "kl": 0.0}, {"reward": 0.25, "rew": 2.0, "kl": 1.5}
+    write_json(
+        path / "ppo/evaluation.json",
+        {
+            "num_instructions": 2,
+            "num_samples": 3,
+            "before": before,
+            "after": after,
+            "difference": {"mean": 0.75, "low": -0.125, "high": 1.5, "share_better": 0.5},
+            "rewards": {"before": [-1.0, 0.0], "after": [1.0, -0.5]},
+            "instructions": ["Write <b>an ode.", "Name a town."],
+        },
     )
     pair = {"is_classification": False, "input": "", "output": "one two three", "batch": 0}
     append_rows(
@@ -243,7 +257,7 @@ def test_empty_workdir_names_every_stage_as_not_run(tmp_path: Path) -> None:
     [
         ("instructions.jsonl", 3),
         ("rejected_instructions.jsonl", 0),
-        ("ppo/metrics.jsonl", 6),
+        ("ppo/metrics.jsonl", 7),
         ("ppo/rollouts.jsonl", 0),
         ("instances.jsonl", 0),
         ("rejected_instances.jsonl", 0),
@@ -321,8 +335,9 @@ def test_figures_leave_the_settings_of_matplotlib_alone() -> None:
 
 def test_nothing_to_draw_is_no_figure() -> None:
     rows: list[Row] = [{"step": 0, "reward/mean": float("nan"), "loss": None}]
-    for draw in (plots.reward, plots.reward_components, plots.policy, plots.finetuning_loss):
+    for draw in (plots.reward, plots.policy, plots.finetuning_loss):
         assert draw(rows) == ""
+    assert plots.reward_components(rows, ["rew"]) == plots.held_out({}) == ""
     assert plots.verbs({}) == plots.evaluation({}) == plots.timings({}) == plots.overlap([]) == ""
 
 
@@ -346,3 +361,22 @@ def test_tasks_are_ordered_by_gain_and_their_names_are_text() -> None:
     words = words_of(plots.evaluation({"before": before, "after": after}))
     assert [word for word in words if word in before] == ["$x^ <b>", "same", "worse"]
     assert words.index("before") < words.index("after")
+
+
+def test_held_out_instructions_have_their_own_comparison(workdir: Path) -> None:
+    text = read(workdir).text
+    assert (
+        "3 answers to each of 2 held-out instructions: PPO moved their mean reward by +0.750"
+        in text
+    )
+    assert "interval \N{MINUS SIGN}0.125 to +1.500); it rose on 50% of them" in text
+    assert "KL from the starting model (nats per answer) 0 1.5" in text
+    (workdir / "ppo/evaluation.json").unlink()
+    assert "held-out instructions" not in read(workdir).text
+
+
+def test_components_are_those_that_the_oracle_gave(workdir: Path) -> None:
+    metrics = workdir / "ppo/metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace("reward/nat", "reward/brevity"))
+    text = read(workdir).text
+    assert "Reward Rew Und Coh Brevity End" in text

@@ -1,0 +1,105 @@
+"""Did stage 2 raise the reward? Answers to instructions that it never saw, before and after.
+
+The reward alone would not show that a policy has learned to please the oracle: length, KL and the
+share of usable answers stand beside it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from refine_af import records
+from refine_af.randomness import generator
+from refine_af.requests import Completion
+from refine_af.rewards import Judgement
+
+SUMMARY = "ppo/evaluation.json"
+ANSWERS = "ppo/evaluation.jsonl"
+
+Arm = tuple[Sequence[Completion], Sequence[Judgement], np.ndarray]
+
+
+def split(instructions: Sequence[str], num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
+    """(instructions to train on, instructions to measure on), each in their order."""
+    order = generator(seed, "ppo/held_out").permutation(len(instructions))
+    held_out = set(order[:num_held_out].tolist())
+    parts: tuple[list[str], list[str]] = ([], [])
+    for i, instruction in enumerate(instructions):
+        parts[i in held_out].append(instruction)
+    return parts
+
+
+def compare(
+    workdir: Path,
+    instructions: Sequence[str],
+    num_samples: int,
+    answer: Callable[[str], Arm],
+    seed: int,
+) -> None:
+    """Write what the policy of each arm, `before` and `after`, answers, and the difference.
+
+    Args:
+        instructions: held out, each of which has `num_samples` answers in a row.
+        answer: completions of an arm, their judgements, and their KL from the reference (the sum
+            of log-ratios over an answer, nats).
+    """
+    arms = {name: answer(name) for name in ("before", "after")}
+    rows = [
+        {
+            "arm": arm,
+            "instruction": instructions[i // num_samples],
+            "completion": completion.text,
+            "reward": judgement.reward,
+            "components": judgement.components,
+            "tokens": len(completion.token_ids),
+            "kl": float(kl[i]),
+            "finish_reason": completion.finish_reason,
+        }
+        for arm, (completions, judgements, kl) in arms.items()
+        for i, (completion, judgement) in enumerate(zip(completions, judgements, strict=True))
+    ]
+    means = {
+        arm: np.reshape([j.reward for j in judgements], (-1, num_samples)).mean(axis=1)
+        for arm, (_, judgements, _) in arms.items()
+    }
+    summary = {
+        "num_instructions": len(instructions),
+        "num_samples": num_samples,
+        **{arm: _figures([row for row in rows if row["arm"] == arm]) for arm in arms},
+        "difference": difference(means["before"], means["after"], seed),
+        "rewards": {arm: column.tolist() for arm, column in means.items()},
+        "instructions": list(instructions),
+    }
+    records.write_text(workdir / ANSWERS, "".join(map(records.to_line, rows)))
+    records.write_text(workdir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def difference(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, Any]:
+    """Mean of `after - before` over instructions, and its 95% bootstrap interval (percentiles)."""
+    gains = after - before
+    found = stats.bootstrap(
+        (gains,), np.mean, method="percentile", rng=generator(seed, "ppo/bootstrap")
+    ).confidence_interval
+    return {
+        "mean": float(gains.mean()),
+        "low": float(found.low),
+        "high": float(found.high),
+        "share_better": float((gains > 0).mean()),
+    }
+
+
+def _figures(rows: Sequence[records.Row]) -> dict[str, float]:
+    """Means over the answers of an arm; components over those that could be read."""
+    readable = [row["components"] for row in rows if row["components"] is not None]
+    return {
+        "reward": float(np.mean([row["reward"] for row in rows])),
+        **{name: float(np.mean([c[name] for c in readable])) for name in next(iter(readable), {})},
+        "kl": float(np.mean([row["kl"] for row in rows])),
+        "tokens": float(np.mean([row["tokens"] for row in rows])),
+        "ended": float(np.mean([row["finish_reason"] == "stop" for row in rows])),
+        "parsed": len(readable) / len(rows),
+    }
