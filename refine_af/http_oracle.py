@@ -9,7 +9,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from refine_af.rewards import WHOLE, Example
+from refine_af.rewards import WHOLE, Example, Unavailable
 
 _BATCH = 32  # examples a request
 _RETRIES, _BACKOFF = 5, 0.5  # waits of 0, 1, 2, 4, 8 seconds, or what the server asks for
@@ -32,7 +32,8 @@ class HttpOracle:
         """Components of any number of examples.
 
         Raises:
-            ValueError: the server cannot be reached, refuses, or answers something else.
+            Unavailable: the server cannot be reached, or refuses.
+            ValueError: it answers something else.
         """
         retry = Retry(
             total=_RETRIES,
@@ -57,7 +58,8 @@ class HttpOracle:
             response.raise_for_status()
             return self._read(response.json(), len(examples))
         except requests.RequestException as error:
-            raise ValueError(f"{self.url}: {error}") from None
+            first = f"{len(examples)} examples from {examples[0].instruction[:80]!r} on"
+            raise Unavailable(f"reward oracle {self.url}, {first}: {error}") from None
 
     def _read(self, answer: Any, count: int) -> dict[str, np.ndarray]:
         if isinstance(answer, dict) and "rewards" in answer:

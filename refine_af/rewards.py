@@ -32,6 +32,10 @@ class Example:
         return f"{self.instruction}\n{self.input}".strip()
 
 
+class Unavailable(ValueError):
+    """An oracle that cannot be asked at all just now, whatever the example."""
+
+
 class Oracle(Protocol):
     """Scores examples; the order of a batch and its other rows must not matter."""
 
@@ -104,6 +108,8 @@ def _asked(oracle: Oracle, examples: Sequence[Example]) -> Mapping[str, Any]:
     """What the oracle says; when it fails, it is asked again one by one, to name the example."""
     try:
         return oracle(examples)
+    except Unavailable:
+        raise
     except Exception as error:
         culprit, fault = examples[0], error
         for example in examples if len(examples) > 1 else ():

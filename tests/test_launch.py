@@ -245,7 +245,8 @@ def test_score_adds_the_reward_and_its_components(program: Program, tmp_path: Pa
     examples, output = jsonl(tmp_path / "rows", *rows), tmp_path / "out"
     files = (f"--examples={examples}", f"--output={output}")
     result = program("score", "--config=tiny", "--config.reward.bias=2", *files)
-    assert result == (0, f"2 rows: {output}\n", "")
+    assert result[:2] == (0, f"2 rows: {output}\n")
+    assert "2/2" in result.err  # the bar
     for row, scored in zip(rows, records.read_rows(output), strict=True):
         assert list(scored) == [*row, "reward", "rew", "nat", "und", "coh"]
         assert row.items() <= scored.items()
@@ -253,6 +254,27 @@ def test_score_adds_the_reward_and_its_components(program: Program, tmp_path: Pa
         rest += 0.3212 * scored["nat"] + 0.1520 * scored["coh"]
         assert scored["reward"] == pytest.approx(rest + 2)
         assert scored["rew"] < 0 < scored["nat"] < 1
+
+
+def test_score_asks_a_function_of_the_user(program: Program, tmp_path: Path) -> None:
+    mine = tmp_path / "my_reward.py"
+    mine.write_text(
+        "def score(examples):\n"
+        '    return {"reward": [min(len(e.output.split()), 20) / 20 for e in examples]}\n'
+    )
+    rows = [{"instruction": "Sing.", "input": "", "output": "la " * n} for n in (2, 5)]
+    examples, output = jsonl(tmp_path / "rows", *rows), tmp_path / "out"
+    command = ("--config=tiny", f"--config.reward.oracle={mine}:score")
+    result = program("score", *command, f"--examples={examples}", f"--output={output}")
+    assert result[:2] == (0, f"2 rows: {output}\n")
+    assert [row["reward"] for row in records.read_rows(output)] == [0.1, 0.25]
+    mine.write_text("def score(examples):\n    return [1 / 0 for e in examples]\n")
+    result = program("score", *command, f"--examples={examples}", f"--output={output}")
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == (
+        "error: reward oracle failed on the instruction 'Sing.' with the output 'la la ': "
+        "ZeroDivisionError: division by zero"
+    )
 
 
 @pytest.fixture

@@ -183,8 +183,10 @@ def test_a_server_that_does_not_answer_well(
 
 def test_no_server_and_a_slow_one(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_oracle, "_BACKOFF", 0.01)
-    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:1/: .*Max retries exceeded"):
+    with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:1/, .*Max retries exceeded"):
         HttpOracle("http://127.0.0.1:1/", timeout=1.0)(EXAMPLES)
+    with pytest.raises(ValueError, match=r"oracle http.* 2 examples from 'Sing\.' on: "):
+        rewards.components(HttpOracle("http://127.0.0.1:1/", timeout=1.0), EXAMPLES)
     released = threading.Event()
 
     def answer(_: Any) -> tuple[int, Any]:
