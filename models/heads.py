@@ -22,3 +22,20 @@ def value(head: Params, hidden: Float[Array, "... D"]) -> Float[Array, "..."]:
         preferred_element_type=jnp.float32,
     )
     return product + head["bias"]
+
+
+def init_scores(embed_dim: int, num_scores: int, *, key: Array) -> Params:
+    """Linear map to several numbers; small, so that none of them is certain at the start."""
+    kernel = jax.random.normal(key, (embed_dim, num_scores), jnp.float32) * 0.1 * embed_dim**-0.5
+    return {"kernel": kernel, "bias": jnp.zeros((num_scores,), jnp.float32)}
+
+
+def scores(head: Params, hidden: Float[Array, "N D"]) -> Float[Array, "N S"]:
+    """The numbers of each of N hidden states, float32."""
+    product = jnp.einsum(
+        "nd,ds->ns",
+        hidden.astype(jnp.float32),
+        head["kernel"],
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    return product + head["bias"][None]

@@ -160,7 +160,7 @@ def environment(limits: Limits) -> dict[str, Any]:
             versions[package] = "not installed"
     return {
         "device": f"{len(jax.devices())} x {device.device_kind}",
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **versions,
@@ -169,7 +169,8 @@ def environment(limits: Limits) -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [

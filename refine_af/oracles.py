@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from refine_af import base_model
+from refine_af import base_model, trained_oracle
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment
 from refine_af.http_oracle import HttpOracle
@@ -108,6 +108,15 @@ def _judge(source: str, config: Experiment, base: Callable[[], BaseModel]) -> Lo
     return Loaded(JudgeOracle(model), f"judge {options} {fingerprint(Path(options.source))}")
 
 
+def _trained(where: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
+    description = trained_oracle.describe(where)
+    shared = base() if description.model == config.model.source else None
+    mesh, dtype = config.mesh, config.model.dtype
+    oracle = trained_oracle.load(where, shared, mesh=mesh, dtype=dtype)
+    content = (trained_oracle.find(where) / trained_oracle.ADAPTER).read_bytes()
+    return Loaded(oracle, f"trained {dtype} {hashlib.sha256(content).hexdigest()}")
+
+
 def _rules(argument: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
     if argument:
         raise ValueError(f"config.reward.oracle='rules:{argument}': rules take no argument")
@@ -116,6 +125,7 @@ def _rules(argument: str, config: Experiment, base: Callable[[], BaseModel]) -> 
 
 KINDS: dict[str, Callable[[str, Experiment, Callable[[], BaseModel]], Loaded]] = {
     "judge": _judge,
+    "trained": _trained,
     "rules": _rules,
 }
 

@@ -117,6 +117,34 @@ def _svg_text(figure: Figure, name: str, description: str) -> str:
     return text.replace(_INK, "currentColor")
 
 
+# Reliability, a file of its own
+
+
+def calibration(curves: Mapping[str, tuple[Sequence[float], ...]]) -> bytes:
+    """PNG on white with a panel for each head: what it predicts against what is the case.
+
+    Args:
+        curves: of each head, predicted probabilities, observed shares and counts of its bins.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(_FULL_WIDTH / 72, 270 / 72), layout="constrained")
+        for i, (name, (predicted, observed, counts)) in enumerate(curves.items()):
+            axes = figure.add_subplot(1, len(curves), i + 1)
+            low = 0.5 if name == "rew" else 0.0  # the favourite of two has at least a half
+            axes.plot([low, 1], [low, 1], color=_INK, alpha=0.3, linewidth=1)
+            axes.plot(predicted, observed, color=BLUE)
+            sizes = 8 + 120 * np.asarray(counts) / max(sum(counts), 1)
+            axes.scatter(predicted, observed, s=sizes, color=BLUE, clip_on=False)
+            axes.set_title(name)
+            axes.set_xlim(low, 1)
+            axes.set_ylim(0, 1)
+            axes.set_xlabel("predicted")
+        buffer = io.BytesIO()
+        # Without the version of matplotlib, equal data give equal bytes for longer.
+        figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
 # Lines over steps
 
 

@@ -201,7 +201,7 @@ def test_an_answer_cut_by_length_is_not_rewarded_as_ended() -> None:
     assert all(len(c.token_ids) == ANSWER for c, e in zip(completions, ended, strict=True) if not e)
 
     def oracle(examples: Any) -> dict[str, np.ndarray]:
-        return {name: np.zeros(len(examples)) for name in rewards.COMPONENTS}
+        return {name: np.zeros(len(examples)) for name in config_lib.PAPER_COMPONENTS}
 
     examples = [rewards.Example("do", "", c.text) for c in completions]
     judged = rewards.judge(oracle, examples, ended, CONFIG.reward)

@@ -1,0 +1,144 @@
+"""Train a reward oracle on a model, from corrupted seed tasks; or measure one (--evaluate)."""
+
+import datetime
+import functools
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from absl import flags as absl_flags
+
+from refine_af import (
+    base_model,
+    oracle_card,
+    oracle_evaluation,
+    oracle_examples,
+    oracle_training,
+    records,
+    seeds,
+    trained_oracle,
+)
+from refine_af.config import Lora, Mesh, Model
+from refine_af.launch import flags
+from refine_af.models.convert import staged
+from refine_af.oracle_evaluation import Pair, Scores
+from refine_af.oracle_training import OracleOptions
+from refine_af.progress import bar
+from refine_af.trained_oracle import TrainedOracle
+
+_MODEL = absl_flags.DEFINE_string("model", "smollm2-135m-instruct", "As in `generate`.")
+_OUTPUT = absl_flags.DEFINE_string("output", None, "Directory to make.")
+_SEED = absl_flags.DEFINE_integer("seed", 0, "Of everything that is drawn.")
+_NUM_EPOCHS = absl_flags.DEFINE_integer("num_epochs", 2, "Times that every task is seen.")
+_LEARNING_RATE = absl_flags.DEFINE_float("learning_rate", 1e-3, "At its highest.")
+_BATCH_SIZE = absl_flags.DEFINE_integer(
+    "batch_size", 4, "Rows of --max_length tokens a step; several texts are packed into each."
+)
+_MAX_LENGTH = absl_flags.DEFINE_integer("max_length", 256, "Tokens of a task and an answer.")
+_LORA_RANK = absl_flags.DEFINE_integer("lora_rank", 8, "Of the adapter; alpha is twice that.")
+_LORA_PATTERN = absl_flags.DEFINE_string("lora_pattern", Lora.pattern, "Linear maps it adapts.")
+_DTYPE = absl_flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the model.")
+_SEED_TASKS = absl_flags.DEFINE_string("seed_tasks", None, "JSONL file; default: the bundled 175.")
+_PREFERENCES = absl_flags.DEFINE_string(
+    "preferences", None, "JSONL rows prompt, chosen, rejected to learn from besides."
+)
+_EVALUATE = absl_flags.DEFINE_string(
+    "evaluate", None, "Measure this oracle, a directory or a shipped name; nothing is trained."
+)
+_NUM_DRAWS = absl_flags.DEFINE_integer(
+    "num_draws", 6, "Corruptions of each kind and held-out task that measure.", lower_bound=1
+)
+_AT_LEAST = absl_flags.DEFINE_float(
+    "at_least", 0.0, "With --evaluate: exit 1 when the accuracy of `rew` over all is below."
+)
+
+
+def measure(oracle: TrainedOracle, pairs: list[Pair]) -> Scores:
+    """Scores of all answers, with a bar."""
+    answers = {p.better for p in pairs} | {p.worse for p in pairs}
+    with bar("evaluate", total=len(answers), unit="answer") as progress:
+
+        def show(done: int) -> None:
+            progress.update(done - progress.n)
+
+        return oracle_evaluation.score(functools.partial(oracle, progress=show), pairs)
+
+
+def evaluate(pairs: list[Pair]) -> None:
+    """Print the accuracies of `--evaluate`; exit 1 when they are too low."""
+    oracle = trained_oracle.load(_EVALUATE.value, dtype=_DTYPE.value)
+    rows = oracle_evaluation.accuracies(measure(oracle, pairs))
+    print(oracle_evaluation.table(rows))
+    accuracy = oracle_evaluation.find(rows, "all")["rew"]
+    if accuracy < _AT_LEAST.value:
+        print(
+            f"{_EVALUATE.value}: rew is right on {accuracy:.3f} of all pairs, below "
+            f"--at_least={_AT_LEAST.value}",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def main() -> None:
+    """Train, store, measure what was stored; the directory appears when all of it is done."""
+    tasks, unseen = oracle_examples.split(seeds.load(_SEED_TASKS.value))
+    rows = []
+    if _PREFERENCES.value:
+        strings = ("prompt", "chosen", "rejected")
+        rows = flags.read_input(Path(_PREFERENCES.value), strings)
+    preferences, unseen_preferences = oracle_examples.preference_groups(rows)
+    pairs = oracle_evaluation.corrupted_pairs(unseen, _NUM_DRAWS.value)
+    pairs += oracle_evaluation.preference_pairs(unseen_preferences)
+    if _EVALUATE.value:
+        evaluate(pairs)
+        return
+    target = Path(flags.require(_OUTPUT)).expanduser()
+    if target.exists():
+        raise ValueError(f"{target}: exists; give another --output, or remove it")
+    rank = _LORA_RANK.value
+    options = OracleOptions(
+        seed=_SEED.value,
+        num_epochs=_NUM_EPOCHS.value,
+        learning_rate=_LEARNING_RATE.value,
+        batch_size=_BATCH_SIZE.value,
+        max_length=_MAX_LENGTH.value,
+        lora=Lora(rank=rank, alpha=2.0 * rank, pattern=_LORA_PATTERN.value),
+    )
+    model = Model(source=_MODEL.value, dtype=_DTYPE.value, param_dtype=_DTYPE.value)
+    base = base_model.load(model, Mesh())
+    began = time.monotonic()
+    with staged(target, overwrite=False) as directory:
+        params = oracle_training.train(
+            base,
+            oracle_examples.examples_of(tasks),
+            preferences,
+            options,
+            lambda row: records.append_rows(directory / "metrics.jsonl", [row]),
+        )
+        took = time.monotonic() - began
+        description = oracle_training.description(base, options)
+        trained_oracle.write(params, description, directory)
+        scores = measure(trained_oracle.load(directory, base), pairs)
+        accuracies = write_card(directory, scores, len(tasks), len(preferences), took)
+    print(oracle_evaluation.table(accuracies))
+    print(target)
+
+
+def write_card(
+    directory: Path, scores: Scores, num_tasks: int, num_preferences: int, took: float
+) -> list[records.Row]:
+    """The card of this run."""
+    facts = [
+        f"data: {num_tasks} seed tasks, {_NUM_EPOCHS.value} times, each time with four new "
+        f"corruptions of the answer; {num_preferences} preferences",
+        f"measured on: {len({pair.better for pair in scores.pairs})} answers that were held out",
+        f"time: {took / 60:.1f} minutes of training, {datetime.date.today()}",
+    ]
+    command = shlex.join(["python", "-m", "refine_af.launch.train_oracle", *sys.argv[1:]])
+    description = trained_oracle.describe(directory)
+    return oracle_card.write(directory, description, scores, command, facts)
+
+
+if __name__ == "__main__":
+    flags.start(main, resumes=False)
