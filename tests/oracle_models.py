@@ -179,6 +179,9 @@ def write_t5_tokenizer(folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    pieces = json.loads(tokenizer.to_str())["model"]["vocab"]
+    answers = [("▁Yes", -1.0), ("▁No", -1.0)]  # whole words, as in T5's vocabulary
+    tokenizer.model = models.Unigram([*map(tuple, pieces), *answers], unk_id=2)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
@@ -197,10 +200,15 @@ def _scratch() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory()
 
 
+def scratch() -> Path:
+    """A directory that lasts as long as this process."""
+    return Path(_scratch().name)
+
+
 @functools.cache
 def neox_directory() -> Path:
     """A whole directory of the reward model, which lasts as long as this process."""
-    folder = Path(_scratch().name) / "neox"
+    folder = scratch() / "neox"
     save(folder, neox_tensors(reward_model()), neox_raw(), "bin")
     write_neox_tokenizer(folder)
     return folder
@@ -209,7 +217,7 @@ def neox_directory() -> Path:
 @functools.cache
 def t5_directory() -> Path:
     """A whole directory of UniEval, which lasts as long as this process."""
-    folder = Path(_scratch().name) / "t5"
+    folder = scratch() / "t5"
     save(folder, t5_tensors(t5_model(tied=False)), t5_raw(), "bin")
     write_t5_tokenizer(folder)
     return folder
