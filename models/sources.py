@@ -152,7 +152,10 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / name).exists() for name in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # Said aloud: not asked, transformers asks on the terminal where a directory brings code.
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # of many kinds, all of them about the files
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{directory}: the tokenizer cannot be read ({reason})") from None
