@@ -1,14 +1,14 @@
-"""Weights of Hugging Face directories: safetensors files read and written tensor by tensor.
+"""Weights of Hugging Face directories: files read and written tensor by tensor.
 
 Conversion is a table (`Family.keys`): our path <-> their key <-> whether theirs is transposed.
 """
 
-import contextlib
 import json
 import math
 import os
+import re
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,20 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError, safe_open
 
 from refine_af.models.config import ModelConfig
-from refine_af.models.hf_config import read_json
+from refine_af.models.family import Keys
 from refine_af.models.registry import FAMILIES
+from refine_af.models.tensor_files import INDEX, SafetensorFiles, TensorFiles, open_safetensors
 from refine_af.models.weights import Index, Shape, Weights, expected_shapes, misfits, refuse
 
-# Buffers that old checkpoints carry and that are recomputed here.
-_DROPPED_SUFFIXES = ("rotary_emb.inv_freq",)
-# Names of the safetensors format, https://github.com/huggingface/safetensors#format.
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Left out on purpose: buffers that old checkpoints carry and that are recomputed here.
+_DROPPED = (r".*rotary_emb\.inv_freq",)
+_TIED_HEAD = (r"lm_head\.weight",)  # a copy of the embedding
+_NAMES = {dtype: name for name, dtype in SafetensorFiles.dtypes.items()}
 _SHARD_BYTES = 5_000_000_000  # largest file, unless a single tensor is larger
-_WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 Progress = Callable[[int], object]  # called with the number of bytes that are done
 
@@ -48,50 +46,65 @@ class Tensor(NamedTuple):
         return rest if self.layer is None else (slice(self.layer, self.layer + 1), *rest)
 
 
-def tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor that a Hugging Face directory of this model has, by key."""
-    shapes, table = expected_shapes(config), {}
-    for path, (key, transposed) in FAMILIES[config.family].keys.items():
+def table_of(keys: Keys, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """Every tensor of a model, by their key.
+
+    Args:
+        keys: our paths; those that the model lacks, the head of a tied one say, are left out.
+        shapes: of every array of ours, by path.
+    """
+    table = {}
+    for path, (key, transposed) in keys.items():
         if path not in shapes:
-            continue  # the head of a model that has tied it to the embedding
+            continue
         stacked = "{}" in key
-        for i in range(config.num_layers) if stacked else [None]:
+        for i in range(shapes[path][0]) if stacked else [None]:
             ours = shapes[path][1:] if stacked else shapes[path]
             theirs = ours[::-1] if transposed else ours
             table[key.format(i)] = Tensor(path, i, transposed, theirs)
     return table
 
 
-class HfWeights(Weights):
-    """Those `*.safetensors` of a directory that its index names, or else model.safetensors, or all.
+def tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """Every tensor that a Hugging Face directory of this decoder has, by key."""
+    return table_of(FAMILIES[config.family].keys, expected_shapes(config))
+
+
+class TableWeights(Weights):
+    """Tensor files of theirs as our arrays, by a table.
+
+    Args:
+        shapes: of every array of ours, by path.
+        dropped: regular expressions of keys (in full) that are left out on purpose.
+        where: what an error names.
+
+    Attributes:
+        table: every tensor that is read, by their key.
 
     Raises:
-        ValueError: a file cannot be read; or tensors are missing, unexpected, in two files,
-            misshapen or not of a supported dtype, all of which are listed.
+        ValueError: tensors are missing, unexpected, in two files, misshapen or not of a supported
+            dtype, all of which are listed.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig) -> None:
-        self._owner: dict[str, Path] = {}
-        found: dict[str, tuple[Shape, str]] = {}
-        faults: list[str] = []
-        for file in _weight_files(directory):
-            with _open(file) as handle:
-                for key in handle.keys():  # noqa: SIM118 - not a dictionary
-                    if key in found:
-                        faults.append(f"{key} is in {self._owner[key].name} and {file.name}")
-                    part = handle.get_slice(key)
-                    found[key] = tuple(part.get_shape()), part.get_dtype()
-                    self._owner[key] = file
-        table = tensors(config)
-        refuse(faults + _misfits(found, table, config.tie_embeddings), str(directory))
+    def __init__(
+        self,
+        files: TensorFiles,
+        keys: Keys,
+        shapes: Mapping[str, Shape],
+        *,
+        dropped: Iterable[str],
+        where: str,
+    ) -> None:
+        self._files = files
+        self.table = table_of(keys, shapes)
+        refuse(files.faults + _misfits(files, self.table, tuple(dropped)), where)
         self._keys: dict[str, list[str]] = {}
-        for key, tensor in table.items():
+        for key, tensor in self.table.items():
             self._keys.setdefault(tensor.path, []).append(key)
-        self._table = table
-        shapes = expected_shapes(config)
         self._arrays = {
             path: jax.ShapeDtypeStruct(
-                shapes[path], jnp.result_type(*(_DTYPES[found[key][1]] for key in keys))
+                shapes[path],
+                jnp.result_type(*(files.dtypes[files.headers[key][1]] for key in keys)),
             )
             for path, keys in self._keys.items()
         }
@@ -104,7 +117,7 @@ class HfWeights(Weights):
     def read(self, path: str, index: Index) -> np.ndarray:
         """Slices of one tensor, or of one a layer."""
         keys, dtype = self._keys[path], self._arrays[path].dtype
-        if self._table[keys[0]].layer is None:
+        if self.table[keys[0]].layer is None:
             return self._read_tensor(keys[0], index).astype(dtype, copy=False)
         first, *rest = index
         parts = zip(index, self._arrays[path].shape, strict=True)
@@ -114,45 +127,35 @@ class HfWeights(Weights):
         return array
 
     def _read_tensor(self, key: str, index: Index) -> np.ndarray:
-        # Opened for each tensor: pages of a file that stays mapped would count as our memory.
-        with _open(self._owner[key]) as handle:
-            if self._table[key].transposed:
-                return handle.get_slice(key)[index[::-1]].T
-            return handle.get_slice(key)[index]
+        if self.table[key].transposed:
+            return self._files.read(key, index[::-1]).T
+        return self._files.read(key, index)
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """Files that the index names; without one the whole model's, or all where there is none."""
-    index = directory / INDEX
-    if index.exists():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-            raise ValueError(f"{index}: expected a 'weight_map' of tensors to files")
-        return sorted({directory / Path(name).name for name in names.values()})
-    if (directory / _WHOLE).exists():
-        return [directory / _WHOLE]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{directory}: no *.safetensors file; expected a Hugging Face directory")
-    return files
+class HfWeights(TableWeights):
+    """A decoder's weights in the safetensors of its directory (`open_safetensors`).
 
+    Raises:
+        ValueError: as `TableWeights`, or a file cannot be read.
+    """
 
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            yield handle
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+    def __init__(self, directory: Path, config: ModelConfig) -> None:
+        super().__init__(
+            open_safetensors(directory),
+            FAMILIES[config.family].keys,
+            expected_shapes(config),
+            dropped=_DROPPED + (_TIED_HEAD if config.tie_embeddings else ()),
+            where=str(directory),
+        )
 
 
 def _misfits(
-    found: Mapping[str, tuple[Shape, str]], table: Mapping[str, Tensor], tied: bool
+    files: TensorFiles, table: Mapping[str, Tensor], dropped: tuple[str, ...]
 ) -> list[str]:
     read = {
         key: header
-        for key, header in found.items()
-        if not key.endswith(_DROPPED_SUFFIXES) and not (tied and key == "lm_head.weight")
+        for key, header in files.headers.items()
+        if not any(re.fullmatch(pattern, key) for pattern in dropped)
     }
     return [
         *misfits(
@@ -160,9 +163,9 @@ def _misfits(
             {key: tensor.shape for key, tensor in table.items()},
         ),
         *(
-            f"{key} has dtype {dtype}, expected one of {', '.join(_DTYPES)}"
+            f"{key} has dtype {dtype}, expected one of {', '.join(files.dtypes)}"
             for key, (_, dtype) in read.items()
-            if key in table and dtype not in _DTYPES
+            if key in table and dtype not in files.dtypes
         ),
     ]
 

@@ -7,7 +7,7 @@ the spellings of older releases. What they have understood is then translated, o
 import copy
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +163,52 @@ def _windows(theirs: PreTrainedConfig) -> dict[str, Any]:
         "sliding_window": window,
         "global_layers": tuple(i for i, kind in enumerate(types) if kind == _GLOBAL),
     }
+
+
+def number(raw: Raw, key: str, where: str, default: float | None = None) -> float:
+    """A number above 0; `default` where the key is absent or null.
+
+    Raises:
+        ValueError: it is something else, or absent and without a default.
+    """
+    value = raw.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"{where}: lacks {key}")
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{where}: {key}={value!r}: expected a number above 0")
+    return float(value)
+
+
+def count(raw: Raw, key: str, where: str, default: int | None = None) -> int:
+    """A whole number above 0; `default` where the key is absent or null.
+
+    Raises:
+        ValueError: it is something else, or absent and without a default.
+    """
+    value = raw.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ValueError(f"{where}: lacks {key}")
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{where}: {key}={value!r}: expected a whole number above 0")
+    return value
+
+
+def only(raw: Raw, supported: Mapping[str, Any], where: str) -> None:
+    """Refuse, all at once, options that have another value than the supported one.
+
+    Args:
+        supported: key -> its only supported value; an absent key has it, too.
+
+    Raises:
+        ValueError: there are any.
+    """
+    found = {key: raw[key] for key, value in supported.items() if raw.get(key, value) != value}
+    found |= {key: raw[key] for key in _REFUSED if raw.get(key)}
+    if found:
+        named = ", ".join(f"{key}={value!r}"[:80] for key, value in found.items())
+        raise ValueError(f"{where}: not supported: {named}")
 
 
 def stored_dtype(raw: Raw) -> str | None:

@@ -111,8 +111,12 @@ class RandomWeights(Weights):
 
 def expected_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Shape of every array that a model of this config has, by path."""
-    tree, _ = transformer.logical_axes(config)
-    leaves = flat(tree, is_leaf=lambda node: isinstance(node, tuple))
+    return shapes_of(transformer.logical_axes(config)[0])
+
+
+def shapes_of(axes: Params) -> dict[str, Shape]:
+    """Shape of every array of a tree of `transformer.axes_of`, by path."""
+    leaves = flat(axes, is_leaf=lambda node: isinstance(node, tuple))
     return {path: leaf[0].shape for path, leaf in leaves}
 
 

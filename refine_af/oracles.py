@@ -28,6 +28,8 @@ from refine_af.base_model import BaseModel
 from refine_af.config import Experiment
 from refine_af.http_oracle import HttpOracle
 from refine_af.judge_oracle import JudgeOracle
+from refine_af.mesh import make_mesh
+from refine_af.paper_oracles import OasstRewardModel, UniEval
 from refine_af.rewards import WHOLE, Example, Oracle
 from refine_af.rule_oracle import rules
 from refine_af.score_cache import CachedOracle
@@ -117,6 +119,22 @@ def _trained(where: str, config: Experiment, base: Callable[[], BaseModel]) -> L
     return Loaded(oracle, f"trained {dtype} {hashlib.sha256(content).hexdigest()}")
 
 
+def _oasst(directory: str, config: Experiment, _: Callable[[], BaseModel]) -> Loaded:
+    return _published(OasstRewardModel, directory, config)
+
+
+def _unieval(directory: str, config: Experiment, _: Callable[[], BaseModel]) -> Loaded:
+    return _published(UniEval, directory, config)
+
+
+def _published(
+    kind: type[OasstRewardModel | UniEval], directory: str, config: Experiment
+) -> Loaded:
+    dtype = config.model.dtype
+    oracle = kind.load(directory, make_mesh(config.mesh), dtype)
+    return Loaded(oracle, f"{kind.__name__} {dtype} {fingerprint(Path(directory))}")
+
+
 def _rules(argument: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
     if argument:
         raise ValueError(f"config.reward.oracle='rules:{argument}': rules take no argument")
@@ -126,6 +144,8 @@ def _rules(argument: str, config: Experiment, base: Callable[[], BaseModel]) -> 
 KINDS: dict[str, Callable[[str, Experiment, Callable[[], BaseModel]], Loaded]] = {
     "judge": _judge,
     "trained": _trained,
+    "oasst": _oasst,
+    "unieval": _unieval,
     "rules": _rules,
 }
 
