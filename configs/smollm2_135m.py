@@ -43,9 +43,12 @@ def get_config() -> Experiment:
         prompts=Prompts(
             format="raw", num_demos=2, max_demo_chars=220, accept_unmarked_output=False
         ),
-        reward=Reward(),
+        # Our oracle's own scale; InstructMining's sign of `und` would teach unclear text.
+        reward=Reward(
+            oracle="trained:smollm2-135m-instruct", rew=0.2, und=0.3, nat=0.3, coh=0.5, bias=0.0
+        ),
         ppo=Ppo(
-            num_steps=8,
+            num_steps=16,
             batch_size=16,
             num_epochs=2,
             num_minibatches=2,
@@ -53,7 +56,8 @@ def get_config() -> Experiment:
             learning_rate=3e-4,
             warmup_steps=2,
             kl_coef=0.02,
-            checkpoint_every=2,
+            checkpoint_every=4,
+            num_eval_prompts=16,
             lora=Lora(),
             sampling=Sampling(temperature=1.0, max_new_tokens=64, stop=("\n\n", "\nTask:")),
         ),
