@@ -67,7 +67,7 @@ def measure(oracle: TrainedOracle, pairs: list[Pair]) -> Scores:
 
 def evaluate(pairs: list[Pair]) -> None:
     """Print the accuracies of `--evaluate`; exit 1 when they are too low."""
-    oracle = trained_oracle.load(_EVALUATE.value, dtype=_DTYPE.value)
+    oracle = trained_oracle.load(flags.require(_EVALUATE), dtype=_DTYPE.value)
     rows = oracle_evaluation.accuracies(measure(oracle, pairs))
     print(oracle_evaluation.table(rows))
     accuracy = oracle_evaluation.find(rows, "all")["rew"]

@@ -1,9 +1,9 @@
 """The figures of the report, each as the text of an inline SVG.
 
-Every public function draws one figure and returns its `<svg>` element, or "" when the data hold
-nothing to draw. The SVG has a transparent background, and its text and axes take the colour of
-the page around it (`currentColor`), so it reads in light and in dark. One unit is one CSS pixel.
-Equal data give equal bytes.
+Every public function but `calibration` (a PNG) draws one figure and returns its `<svg>` element, or
+"" when the data hold nothing to draw. The SVG has a transparent background, and its text and axes
+take the colour of the page around it (`currentColor`), so it reads in light and in dark. One unit
+is one CSS pixel. Equal data give equal bytes.
 
 The two hues stay apart for colour-blind readers and reach a contrast of 3:1 on white and on
 near-black; the third colour of a figure is the colour of its text.

@@ -76,7 +76,7 @@ class TrainedOracle:
         base = self.base
         definition = base.adapted(self.description.lora)
         rows = [
-            encode(example, base.tokenizer, base.end_id, self.description.max_length)
+            tuple(encode(example, base.tokenizer, base.end_id, self.description.max_length))
             for example in examples
         ]
 

@@ -16,6 +16,7 @@ from refine_af import (
     oracle_evaluation,
     oracle_examples,
     oracle_training,
+    plots,
     records,
     trained_oracle,
 )
@@ -220,6 +221,7 @@ def test_reliability_by_hand() -> None:
     assert curves["und"].observed == [1.0, 1.0]  # what is said twice can be understood
     assert curves["coh"].counts == [2]
     assert curves["rew"].counts == [2] and curves["rew"].observed == [1.0]
+    assert plots.calibration(curves) == plots.calibration(curves)
 
 
 # The program
