@@ -192,12 +192,12 @@ def test_the_shipped_oracle_is_described_and_small() -> None:
 
 @pytest.mark.slow
 def test_the_shipped_oracle_tells_good_answers_of_held_out_tasks_from_corrupted_ones() -> None:
-    """On two draws of each corruption; the card has the figures of all six."""
+    """On one draw of each corruption; the card has the figures of six."""
     oracle = trained_oracle.load(NAME)
     unseen = oracle_examples.split(seeds.load())[1]
-    pairs = oracle_evaluation.corrupted_pairs(unseen, 2)
+    pairs = oracle_evaluation.corrupted_pairs(unseen, 1)
     table = oracle_evaluation.accuracies(oracle_evaluation.score(oracle, pairs))
-    assert len(pairs) > 600
+    assert len(pairs) > 300
     assert oracle_evaluation.find(table, "mismatched")["rew"] >= 0.90
     assert oracle_evaluation.find(table, "shuffled")["rew"] >= 0.95
     assert oracle_evaluation.find(table, "all")["rew"] >= 0.90
