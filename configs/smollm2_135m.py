@@ -41,14 +41,14 @@ def get_config() -> Experiment:
             ),
         ),
         prompts=Prompts(
-            format="raw", num_demos=2, max_demo_chars=220, accept_unmarked_output=False
+            format="raw", num_demos=1, max_demo_chars=160, accept_unmarked_output=False
         ),
         # Our oracle's own scale; InstructMining's sign of `und` would teach unclear text.
         reward=Reward(
             oracle="trained:smollm2-135m-instruct", rew=0.2, und=0.3, nat=0.3, coh=0.5, bias=0.0
         ),
         ppo=Ppo(
-            num_steps=16,
+            num_steps=12,
             batch_size=16,
             num_epochs=2,
             num_minibatches=2,
