@@ -22,25 +22,34 @@ def main() -> None:
     source, target = Path(flags.require(_EXAMPLES)), Path(flags.require(_OUTPUT))
     rows = flags.read_input(source, ("instruction", "input", "output"))
     config = flags.experiment()
-    oracle = pipeline.Run(config, target.parent).oracle()
+    known = target.with_name(f"{target.name}.scores")  # until all rows are scored
+    oracle = pipeline.Run(config, target.parent).oracle(known)
     examples = [Example(row["instruction"], row["input"], row["output"]) for row in rows]
     parts = []
     with bar("score", total=len(rows), unit="example") as progress:
         for first in range(0, len(rows), _AT_ONCE):
             some = examples[first : first + _AT_ONCE]
             parts.append(rewards.components(oracle, some))
+            if parts[-1].keys() != parts[0].keys():
+                raise ValueError(
+                    f"reward oracle gave {sorted(parts[0])} first, then {sorted(parts[-1])}"
+                )
             progress.update(len(some))
     table = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     table = {rewards.WHOLE: rewards.combine(table, config.reward)} | {
         name: column for name, column in table.items() if name != rewards.WHOLE
     }
+    taken = [name for name in table if name != rewards.WHOLE and any(name in row for row in rows)]
+    if taken:
+        raise ValueError(f"{source}: rows have {taken} already, as the oracle would name its own")
     scored = [
         {**row, **{name: float(column[i]) for name, column in table.items()}}
         for i, row in enumerate(rows)
     ]
     records.write_text(target, "".join(map(records.to_line, scored)))
+    known.unlink(missing_ok=True)
     print(f"{len(scored)} rows: {target}")
 
 
 if __name__ == "__main__":
-    flags.start(main, with_config=True, resumes=False)
+    flags.start(main, with_config=True)

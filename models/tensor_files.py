@@ -126,10 +126,14 @@ def _load_torch(file: Path) -> Mapping[str, Any]:
     try:
         import torch
     except ImportError:
+        found = "none"
+    else:
+        found = torch.__version__
+    if found == "none" or Version(found) < _LEAST_TORCH:
         raise ValueError(
-            f'{file}: reading torch\'s format needs torch: pip install -e ".[oracles]"; or convert '
-            "the file to safetensors elsewhere"
-        ) from None
+            f"{file}: reading torch's format needs torch {_LEAST_TORCH} or later, found {found}: "
+            'pip install -e ".[oracles]"; or convert the file to safetensors elsewhere'
+        )
     try:
         state = torch.load(
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)

@@ -185,6 +185,9 @@ class Reward:
         require_one_of("reward.normalise", self.normalise, NORMALISATIONS)
         require_at_least(0, self, "reward.", "clip_components", "clip_reward")
         require_positive(self, "reward.", "timeout")
+        names = [item.partition("=")[0] for item in self.others]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(not twice, f"reward.others: {twice} stand there more than once")
         for item in self.others:
             name, _, number = item.partition("=")
             fits = name.isidentifier() and re.fullmatch(_NUMBER, number) is not None

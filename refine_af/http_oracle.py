@@ -9,7 +9,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from refine_af.rewards import WHOLE, Example, Unavailable
+from refine_af.rewards import WHOLE, Example, OracleError
 
 _BATCH = 32  # examples a request
 _RETRIES, _BACKOFF = 5, 0.5  # waits of 0, 1, 2, 4, 8 seconds, or what the server asks for
@@ -32,8 +32,8 @@ class HttpOracle:
         """Components of any number of examples.
 
         Raises:
-            Unavailable: the server cannot be reached, or refuses.
-            ValueError: it answers something else.
+            OracleError: the server cannot be reached, or is busy for too long.
+            ValueError: it refuses, or answers something else.
         """
         retry = Retry(
             total=_RETRIES,
@@ -58,8 +58,11 @@ class HttpOracle:
             response.raise_for_status()
             return self._read(response.json(), len(examples))
         except requests.RequestException as error:
+            status = None if error.response is None else error.response.status_code
+            if status is not None and status < 500 and status not in _BUSY:
+                raise ValueError(f"{self.url}: {error}") from None  # one example may be at fault
             first = f"{len(examples)} examples from {examples[0].instruction[:80]!r} on"
-            raise Unavailable(f"reward oracle {self.url}, {first}: {error}") from None
+            raise OracleError(f"reward oracle {self.url}, {first}: {error}") from None
 
     def _read(self, answer: Any, count: int) -> dict[str, np.ndarray]:
         if isinstance(answer, dict) and "rewards" in answer:

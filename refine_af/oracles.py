@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def load(config: Experiment, base: Callable[[], BaseModel], cache: Path | None) 
     names = [name.strip() for name in config.reward.oracle.split(",")]
     parts = [_load(name, config, base) for name in names]
     oracle = parts[0].oracle if len(parts) == 1 else Joined([part.oracle for part in parts])
-    path = Path(config.reward.cache) if config.reward.cache else cache
+    path = Path(config.reward.cache).expanduser() if config.reward.cache else cache
     if path is None:
         return oracle
     identity = "\n".join(part.identity for part in parts)
@@ -90,9 +91,11 @@ def _load(name: str, config: Experiment, base: Callable[[], BaseModel]) -> Loade
     if name.startswith(("http://", "https://")):
         return Loaded(HttpOracle(name, config.reward.timeout), name, needs_device=False)
     if ".py:" in name:
-        path, _, function = name.rpartition(":")
-        content = hashlib.sha256(_existing(path).read_bytes()).hexdigest()
-        return Loaded(_function(Path(path), function), f"{name} {content}", needs_device=False)
+        text, _, function = name.rpartition(":")
+        path = Path(text).expanduser()
+        oracle = _function(path, function)
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        return Loaded(oracle, f"{name} {content}", needs_device=False)
     kind, _, argument = name.partition(":")
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
@@ -107,7 +110,7 @@ def _load(name: str, config: Experiment, base: Callable[[], BaseModel]) -> Loade
 def _judge(source: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
     options = dataclasses.replace(config.model, source=source or config.model.source)
     model = base_model.load(options, config.mesh) if source else base()
-    return Loaded(JudgeOracle(model), f"judge {options} {fingerprint(Path(options.source))}")
+    return Loaded(JudgeOracle(model), f"judge {options} {fingerprint(options.source)}")
 
 
 def _trained(where: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
@@ -116,7 +119,8 @@ def _trained(where: str, config: Experiment, base: Callable[[], BaseModel]) -> L
     mesh, dtype = config.mesh, config.model.dtype
     oracle = trained_oracle.load(where, shared, mesh=mesh, dtype=dtype)
     content = (trained_oracle.find(where) / trained_oracle.ADAPTER).read_bytes()
-    return Loaded(oracle, f"trained {dtype} {hashlib.sha256(content).hexdigest()}")
+    identity = f"trained {dtype} {description} {hashlib.sha256(content).hexdigest()}"
+    return Loaded(oracle, identity)
 
 
 def _oasst(directory: str, config: Experiment, _: Callable[[], BaseModel]) -> Loaded:
@@ -131,8 +135,8 @@ def _published(
     kind: type[OasstRewardModel | UniEval], directory: str, config: Experiment
 ) -> Loaded:
     dtype = config.model.dtype
-    oracle = kind.load(directory, make_mesh(config.mesh), dtype)
-    return Loaded(oracle, f"{kind.__name__} {dtype} {fingerprint(Path(directory))}")
+    oracle = kind.load(Path(directory).expanduser(), make_mesh(config.mesh), dtype)
+    return Loaded(oracle, f"{kind.__name__} {dtype} {fingerprint(directory)}")
 
 
 def _rules(argument: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
@@ -150,8 +154,9 @@ KINDS: dict[str, Callable[[str, Experiment, Callable[[], BaseModel]], Loaded]] =
 }
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(source: str) -> str:
     """Changes when a file in a directory is written; "" where there is none (a name, say)."""
+    path = Path(source).expanduser()
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
     facts = [
         (file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]
@@ -159,21 +164,20 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest() if facts else ""
 
 
-def _existing(path: str) -> Path:
-    if not Path(path).is_file():
-        raise ValueError(f"config.reward.oracle: {path}: no such file; expected FILE.py:FUNCTION")
-    return Path(path)
-
-
 def _function(path: Path, name: str) -> Oracle:
     """A function of a user's file, as an oracle.
 
     It takes a list of `Example` and returns components by name, or one array, which is then the
-    reward itself.
+    reward itself. As in a script, modules beside the file can be imported.
     """
-    spec = importlib.util.spec_from_file_location("reward_oracle", path)
+    if not path.is_file():
+        raise ValueError(f"config.reward.oracle: {path}: no such file; expected FILE.py:FUNCTION")
+    spec = importlib.util.spec_from_file_location(f"reward_oracle_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look there for their own module
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.append(str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from refine_af import records
+from refine_af.config import Experiment, config_hash
 from refine_af.randomness import generator
 from refine_af.requests import Completion
 from refine_af.rewards import Judgement
@@ -38,7 +39,7 @@ def compare(
     instructions: Sequence[str],
     num_samples: int,
     answer: Callable[[str], Arm],
-    seed: int,
+    config: Experiment,
 ) -> None:
     """Write what the policy of each arm, `before` and `after`, answers, and the difference.
 
@@ -67,15 +68,21 @@ def compare(
         for arm, (_, judgements, _) in arms.items()
     }
     summary = {
+        "config": config_hash(config),
         "num_instructions": len(instructions),
         "num_samples": num_samples,
         **{arm: _figures([row for row in rows if row["arm"] == arm]) for arm in arms},
-        "difference": difference(means["before"], means["after"], seed),
+        "difference": difference(means["before"], means["after"], config.seed),
         "rewards": {arm: column.tolist() for arm, column in means.items()},
         "instructions": list(instructions),
     }
     records.write_text(workdir / ANSWERS, "".join(map(records.to_line, rows)))
     records.write_text(workdir / SUMMARY, json.dumps(summary, indent=1) + "\n")
+
+
+def measured(config: Experiment, workdir: Path) -> bool:
+    """Whether this has been done, for this very config."""
+    return records.read_json(workdir / SUMMARY).get("config") == config_hash(config)
 
 
 def difference(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, Any]:
@@ -92,14 +99,16 @@ def difference(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, An
     }
 
 
-def _figures(rows: Sequence[records.Row]) -> dict[str, float]:
+def _figures(rows: Sequence[records.Row]) -> dict[str, Any]:
     """Means over the answers of an arm; components over those that could be read."""
     readable = [row["components"] for row in rows if row["components"] is not None]
     return {
         "reward": float(np.mean([row["reward"] for row in rows])),
-        **{name: float(np.mean([c[name] for c in readable])) for name in next(iter(readable), {})},
         "kl": float(np.mean([row["kl"] for row in rows])),
         "tokens": float(np.mean([row["tokens"] for row in rows])),
         "ended": float(np.mean([row["finish_reason"] == "stop" for row in rows])),
         "parsed": len(readable) / len(rows),
+        "components": {
+            name: float(np.mean([c[name] for c in readable])) for name in next(iter(readable), {})
+        },
     }

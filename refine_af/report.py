@@ -168,7 +168,10 @@ def _held_out(workdir: Path) -> Section | None:
     }
     return {
         **{key: found[key] for key in ("num_instructions", "num_samples", "difference")},
-        "rows": [(_FIGURES.get(n, n), before.get(n), after[n]) for n in after],
+        "rows": [
+            *((label, before[key], after[key]) for key, label in _FIGURES.items()),
+            *((n, before["components"].get(n), x) for n, x in after["components"].items()),
+        ],
         "figure": Markup(plots.held_out(rewards)),
     }
 

@@ -32,8 +32,8 @@ class Example:
         return f"{self.instruction}\n{self.input}".strip()
 
 
-class Unavailable(ValueError):
-    """An oracle that cannot be asked at all just now, whatever the example."""
+class OracleError(ValueError):
+    """A fault of an oracle whose message says all; asking one by one would tell no more."""
 
 
 class Oracle(Protocol):
@@ -90,17 +90,27 @@ def components(oracle: Oracle, examples: Sequence[Example]) -> dict[str, np.ndar
     Raises:
         ValueError: as in `judge`; the example is named.
     """
-    given = _asked(oracle, examples)
+    return checked(_asked(oracle, examples), examples)
+
+
+def checked(given: Mapping[str, Any], examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    """Components as float64 [B].
+
+    Raises:
+        OracleError: there is none, or one is not a finite number for every example.
+    """
+    if not given:
+        raise OracleError("reward oracle gave no component")
     table = {name: np.asarray(column, np.float64) for name, column in given.items()}
     for name, column in table.items():
         if column.shape != (len(examples),):
-            raise ValueError(
+            raise OracleError(
                 f"reward oracle gave {name!r} of shape {column.shape} for {len(examples)} examples"
             )
     for row, example in enumerate(examples):
         bad = {n: float(column[row]) for n, column in table.items() if not np.isfinite(column[row])}
         if bad:
-            raise ValueError(f"reward oracle gave {bad} (not finite) for {_named(example)}")
+            raise OracleError(f"reward oracle gave {bad} (not finite) for {_named(example)}")
     return table
 
 
@@ -108,18 +118,18 @@ def _asked(oracle: Oracle, examples: Sequence[Example]) -> Mapping[str, Any]:
     """What the oracle says; when it fails, it is asked again one by one, to name the example."""
     try:
         return oracle(examples)
-    except Unavailable:
+    except OracleError:
         raise
     except Exception as error:
-        culprit, fault = examples[0], error
-        for example in examples if len(examples) > 1 else ():
+        where, fault = f"a batch of {len(examples)} from {_named(examples[0])} on", error
+        for example in examples:
             try:
                 oracle([example])
             except Exception as alone:
-                culprit, fault = example, alone
+                where, fault = _named(example), alone
                 break
         what = fault if isinstance(fault, ValueError) else f"{type(fault).__name__}: {fault}"
-        raise ValueError(f"reward oracle failed on {_named(culprit)}: {what}") from error
+        raise ValueError(f"reward oracle failed on {where}: {what}") from error
 
 
 def _named(example: Example) -> str:
@@ -155,6 +165,8 @@ def _coefficients(table: Mapping[str, np.ndarray], options: Reward) -> dict[str,
     if others and not any(name in table for name in PAPER_COMPONENTS):
         paper = {}
     factors = {name: factor for name, factor in (paper | others).items() if factor}
+    if not factors:
+        raise ValueError(f"reward: no component has a coefficient; the oracle gave {sorted(table)}")
     missing = [name for name in factors if name not in table]
     if missing:
         raise ValueError(

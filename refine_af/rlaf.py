@@ -25,7 +25,7 @@ from refine_af import (
     training,
 )
 from refine_af.base_model import BaseModel
-from refine_af.config import Experiment
+from refine_af.config import Experiment, Reward
 from refine_af.mesh import shard_batch
 from refine_af.models import heads
 from refine_af.models.transformer import Params
@@ -138,7 +138,7 @@ class RlafStage:
         began = time.monotonic()
         completions = self._sample(state.params["adapter"], requests, instructions)
         sampled = time.monotonic()
-        examples, judgements = self._judge(instructions, completions)
+        examples, judgements = self._judge(instructions, completions, self.config.reward)
         scored = time.monotonic()
         scores = [j.reward for j in judgements]
         rows, reading = self._read(state, requests, completions, scores, prompt_length)
@@ -158,11 +158,11 @@ class RlafStage:
         return state, figures, _answer_rows(step, instructions, completions, examples, judgements)
 
     def _judge(
-        self, instructions: Sequence[str], completions: Sequence[Completion]
+        self, instructions: Sequence[str], completions: Sequence[Completion], options: Reward
     ) -> tuple[list[rewards.Example | None], list[rewards.Judgement]]:
         examples = [self._parse(*pair) for pair in zip(instructions, completions, strict=True)]
         ended = [c.finish_reason == "stop" for c in completions]
-        return examples, rewards.judge(self.oracle, examples, ended, self.config.reward)
+        return examples, rewards.judge(self.oracle, examples, ended, options)
 
     def _read(
         self,
@@ -192,18 +192,21 @@ class RlafStage:
         """Compare the answers to held-out instructions before and after training."""
         count = self.config.ppo.num_eval_samples
         instructions = [text for text in self.held_out for _ in range(count)]
+        # Normalised over its own answers each arm would have the same mean.
+        absolute = dataclasses.replace(self.config.reward, normalise="none")
 
         progress = bar("ppo evaluation", total=2 * len(requests), unit="answer")
 
         def answer(arm: str) -> ppo_evaluation.Arm:
             params = state.params if arm == "after" else new_state(self.config, self.base).params
             completions = self._sample(params["adapter"], requests, instructions, progress)
-            _, judgements = self._judge(instructions, completions)
-            then = state._replace(params=params)
-            return completions, judgements, self._kl(then, requests, completions, prompt_length)
+            _, judgements = self._judge(instructions, completions, absolute)
+            if arm == "before":
+                return completions, judgements, np.zeros(len(requests))
+            return completions, judgements, self._kl(state, requests, completions, prompt_length)
 
         with progress:
-            ppo_evaluation.compare(self.workdir, self.held_out, count, answer, self.config.seed)
+            ppo_evaluation.compare(self.workdir, self.held_out, count, answer, self.config)
 
     def _kl(
         self,
@@ -273,9 +276,9 @@ def _rollout_metrics(
         for name in (readable[0] if readable else ())
     }
     return {
+        **means,
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std()),
-        **means,
         "reward/parsed_share": len(readable) / len(judgements),
         "length/mean": float(lengths.mean()),
         "length/eos_rate": float(np.mean([c.finish_reason == "stop" for c in completions])),
@@ -309,7 +312,7 @@ def _answer_rows(
 
 def finished(config: Experiment, workdir: Path) -> bool:
     """Whether all steps are done, and measured where that is asked for."""
-    measured = (workdir / ppo_evaluation.SUMMARY).exists() or not config.ppo.num_eval_prompts
+    measured = not config.ppo.num_eval_prompts or ppo_evaluation.measured(config, workdir)
     return measured and steps_done(workdir) >= config.ppo.num_steps
 
 

@@ -1,19 +1,19 @@
 """Scores on disk, by content: what an oracle has said of an example it is not asked again."""
 
 import collections
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from refine_af.rewards import Example, Oracle
+from refine_af.rewards import Example, Oracle, OracleError, checked
 
 _LOOKUPS = 500  # keys a query
 
@@ -37,9 +37,10 @@ class CachedOracle:
         """Components of any number of examples.
 
         Raises:
-            ValueError: the file is not such a cache, or cannot be written.
+            OracleError: the file is not such a cache, or cannot be written; or as `checked`.
         """
-        self._worker.submit(lambda: None).result()  # what was asked for ahead is there now
+        for worker in self._workers:
+            worker.join()  # what was asked for ahead is there now
         return self._score(examples)
 
     def prefetch(self, examples: Sequence[Example]) -> None:
@@ -47,22 +48,26 @@ class CachedOracle:
 
         What has come in meanwhile is scored together. A fault shows up when the oracle is called.
         """
-        if self.ahead:
-            self._waiting.extend(examples)
-            self._worker.submit(self._score_waiting)
+        if not self.ahead:
+            return
+        self._waiting.extend(examples)
+        if not any(worker.is_alive() for worker in self._workers):
+            # A daemon, so that Ctrl-C need not wait for a slow server.
+            self._workers[:] = [threading.Thread(target=self._score_waiting, daemon=True)]
+            self._workers[0].start()
 
     def _score_waiting(self) -> None:
-        examples = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        if examples:
-            self._score(examples)
+        with contextlib.suppress(Exception):
+            while self._waiting:
+                self._score([self._waiting.popleft() for _ in range(len(self._waiting))])
 
     @functools.cached_property
     def _waiting(self) -> collections.deque[Example]:
         return collections.deque()
 
     @functools.cached_property
-    def _worker(self) -> concurrent.futures.Executor:
-        return concurrent.futures.ThreadPoolExecutor(1)
+    def _workers(self) -> list[threading.Thread]:
+        return []
 
     def _score(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         keys = [self._key(example) for example in examples]
@@ -70,16 +75,22 @@ class CachedOracle:
             known = _read(database, keys)
         missing = {key: e for key, e in zip(keys, examples, strict=True) if key not in known}
         if missing:
-            table = self.oracle(list(missing.values()))
+            asked = list(missing.values())
+            table = checked(self.oracle(asked), asked)
             fresh = {
                 key: {name: float(column[row]) for name, column in table.items()}
                 for row, key in enumerate(missing)
             }
             known |= fresh
-            if all(np.isfinite(list(scores.values())).all() for scores in fresh.values()):
-                with self._open() as database:
-                    _write(database, fresh)
-        names = known[keys[0]] if keys else {}
+            with self._open() as database:
+                _write(database, fresh)
+        names = known[keys[0]].keys() if keys else ()
+        unlike = next((key for key in keys if known[key].keys() != names), None)
+        if unlike:
+            raise OracleError(
+                f"{self.path}: scores with the components {sorted(names)}, and some with "
+                f"{sorted(known[unlike])}; remove the file"
+            )
         return {name: np.asarray([known[key][name] for key in keys]) for name in names}
 
     def _key(self, example: Example) -> str:
@@ -96,7 +107,7 @@ class CachedOracle:
                 )
                 yield database
         except sqlite3.Error as error:
-            raise ValueError(f"{self.path}: no usable cache of scores ({error})") from None
+            raise OracleError(f"{self.path}: no usable cache of scores ({error})") from None
 
 
 def _read(database: sqlite3.Connection, keys: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -1,5 +1,6 @@
 """Held-out instructions: what is kept from training, and the difference by hand."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from refine_af import ppo_evaluation, records
+from refine_af.configs import tiny
 from refine_af.requests import Completion
 from refine_af.rewards import Judgement
 
@@ -43,24 +45,29 @@ def completion(text: str, reason: str) -> Completion:
 def test_both_arms_are_written_with_their_figures(tmp_path: Path) -> None:
     """Two instructions with two answers each; the third answer before cannot be read."""
 
+    config = tiny.get_config()
+    assert not ppo_evaluation.measured(config, tmp_path)
+
     def answer(arm: str) -> ppo_evaluation.Arm:
         late = arm == "after"
         completions = [completion("abc", "stop")] * 2 + [completion("abcde", "length")] * 2
-        judged = [Judgement(r + late, {"rew": 2.0 * r}) for r in (0.0, 1.0, 2.0, 3.0)]
+        judged = [Judgement(r + late, {"reward": 2.0 * r}) for r in (0.0, 1.0, 2.0, 3.0)]
         if not late:
             judged[2] = Judgement(-1.0, None)
         return completions, judged, np.asarray([0.0, 1.0, 2.0, 3.0]) * late
 
-    ppo_evaluation.compare(tmp_path, TEXTS[:2], 2, answer, seed=0)
+    ppo_evaluation.compare(tmp_path, TEXTS[:2], 2, answer, config)
+    assert ppo_evaluation.measured(config, tmp_path)
+    assert not ppo_evaluation.measured(dataclasses.replace(config, seed=1), tmp_path)
     summary = json.loads((tmp_path / ppo_evaluation.SUMMARY).read_text())
     assert summary["rewards"] == {"before": [0.5, 1.0], "after": [1.5, 3.5]}
     assert summary["difference"]["mean"] == 1.75
     before, after = summary["before"], summary["after"]
-    assert before["reward"] == 0.75 and before["rew"] == pytest.approx(8 / 3)
+    assert before["reward"] == 0.75 and before["components"]["reward"] == pytest.approx(8 / 3)
     assert before["parsed"] == 0.75 and before["kl"] == 0.0
     assert after == {
         "reward": 2.5,
-        "rew": 3.0,
+        "components": {"reward": 3.0},
         "kl": 1.5,
         "tokens": 4.0,
         "ended": 0.5,

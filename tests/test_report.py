@@ -120,7 +120,17 @@ def write_stage_files(path: Path) -> None:
         path / "ppo/rollouts.jsonl",
         [rollout(0, None), rollout(1, "the middle"), rollout(3, "the end")],
     )
-    before, after = {"reward": -0.5, "rew": 1.0, "kl": 0.0}, {"reward": 0.25, "rew": 2.0, "kl": 1.5}
+    before, after = (
+        {
+            "reward": late - 0.5,
+            "kl": 1.5 * late,
+            "tokens": 9.0,
+            "ended": 1.0,
+            "parsed": 0.5,
+            "components": {"rew": 1.0 + late},
+        }
+        for late in (0, 1)
+    )
     write_json(
         path / "ppo/evaluation.json",
         {
