@@ -78,6 +78,9 @@ class TableWeights(Weights):
         dropped: regular expressions of keys (in full) that are left out on purpose.
         where: what an error names.
 
+    Attributes:
+        table: every tensor that is read, by their key.
+
     Raises:
         ValueError: tensors are missing, unexpected, in two files, misshapen or not of a supported
             dtype, all of which are listed.
@@ -93,10 +96,10 @@ class TableWeights(Weights):
         where: str,
     ) -> None:
         self._files = files
-        self._table = table_of(keys, shapes)
-        refuse(files.faults + _misfits(files, self._table, tuple(dropped)), where)
+        self.table = table_of(keys, shapes)
+        refuse(files.faults + _misfits(files, self.table, tuple(dropped)), where)
         self._keys: dict[str, list[str]] = {}
-        for key, tensor in self._table.items():
+        for key, tensor in self.table.items():
             self._keys.setdefault(tensor.path, []).append(key)
         self._arrays = {
             path: jax.ShapeDtypeStruct(
@@ -114,7 +117,7 @@ class TableWeights(Weights):
     def read(self, path: str, index: Index) -> np.ndarray:
         """Slices of one tensor, or of one a layer."""
         keys, dtype = self._keys[path], self._arrays[path].dtype
-        if self._table[keys[0]].layer is None:
+        if self.table[keys[0]].layer is None:
             return self._read_tensor(keys[0], index).astype(dtype, copy=False)
         first, *rest = index
         parts = zip(index, self._arrays[path].shape, strict=True)
@@ -124,7 +127,7 @@ class TableWeights(Weights):
         return array
 
     def _read_tensor(self, key: str, index: Index) -> np.ndarray:
-        if self._table[key].transposed:
+        if self.table[key].transposed:
             return self._files.read(key, index[::-1]).T
         return self._files.read(key, index)
 

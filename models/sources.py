@@ -42,7 +42,13 @@ BUNDLED = {
     ),
 }
 RANDOM = "random:"  # `random:tiny`: random weights of a preset, byte tokenizer
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "tokenizer_config.json",
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -129,7 +135,7 @@ def _open_directory(path: Path, name: str, dtype: str, param_dtype: str | None) 
     config = hf_config.parse(raw, str(path / "config.json"), dtype=dtype, param_dtype=stored)
     orbax = (path / orbax_directory.PARAMS).is_dir()
     kind = orbax_directory.OrbaxWeights if orbax else hf.HfWeights
-    tokenizer = _read_tokenizer(path)
+    tokenizer = read_tokenizer(path)
     eos_ids = hf_config.end_ids(path, raw)
     if not eos_ids and tokenizer is not None and isinstance(tokenizer.eos_token_id, int):
         eos_ids = (tokenizer.eos_token_id,)
@@ -137,7 +143,7 @@ def _open_directory(path: Path, name: str, dtype: str, param_dtype: str | None) 
     return Source(name, name_of_kind, config, raw, kind(path, config), eos_ids, tokenizer, path)
 
 
-def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     """Tokenizer of a directory, None where it has none.
 
     Raises:
@@ -146,7 +152,10 @@ def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
     if not any((directory / name).exists() for name in _TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        # Said aloud: not asked, transformers asks on the terminal where a directory brings code.
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # of many kinds, all of them about the files
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{directory}: the tokenizer cannot be read ({reason})") from None

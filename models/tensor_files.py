@@ -127,7 +127,7 @@ def _load_torch(file: Path) -> Mapping[str, Any]:
         import torch
     except ImportError:
         raise ValueError(
-            f'{file}: reading torch\'s format needs torch: pip install -e ".[torch]"; or convert '
+            f'{file}: reading torch\'s format needs torch: pip install -e ".[oracles]"; or convert '
             "the file to safetensors elsewhere"
         ) from None
     try:
