@@ -99,6 +99,30 @@ def _product(spec: str, a: Float[Array, "B K Q X"], b: Float[Array, "1|B K S H"]
     return product.reshape(heads, rows, queries, -1).swapaxes(0, 1)
 
 
+def attend_whole(
+    query: Float[Array, "B N T H"],
+    keys: Float[Array, "B N S H"],
+    values: Float[Array, "B N S H"],
+    mask: Bool[Array, "#B #T S"],
+    *,
+    scale: float,
+    bias: Float[Array, "N T S"] | None = None,
+) -> Float[Array, "B N T H"]:
+    """Softmax attention with a key for each query head; scores and softmax are float32.
+
+    Args:
+        mask: which keys each query may see.
+        scale: factor of the scores.
+        bias: float32, added to the scaled scores of every row.
+    """
+    scores = contract("bnth,bnsh->bnts", query, keys) * scale
+    if bias is not None:
+        scores = scores + bias[None]
+    scores = jnp.where(mask[:, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    return contract("bnts,bnsh->bnth", weights, values).astype(query.dtype)
+
+
 def attend_cached(
     query: Float[Array, "B N T H"],
     new: Stored,

@@ -7,13 +7,14 @@ F hidden, V vocab, R rank.
 import functools
 import re
 from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int8
 
-from refine_af.models.config import LoraConfig, ModelConfig
+from refine_af.models.config import LoraConfig
 from refine_af.models.contraction import project
 
 Axes = tuple[str, ...]
@@ -89,10 +90,23 @@ def along_last(vector: Float[Array, "D"], ndim: int) -> Float[Array, "... D"]:
     return vector.astype(jnp.float32).reshape((1,) * (ndim - 1) + (-1,))
 
 
+class NormConfig(Protocol):
+    """What `RMSNorm` reads of a model's config; see `ModelConfig`."""
+
+    @property
+    def norm_eps(self) -> float: ...  # noqa: D102
+    @property
+    def norm_offset(self) -> float: ...  # noqa: D102
+    @property
+    def dtype(self) -> str: ...  # noqa: D102
+    @property
+    def param_dtype(self) -> str: ...  # noqa: D102
+
+
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang & Sennrich, arXiv 1910.07467), computed in float32."""
 
-    def __init__(self, dim: int, config: ModelConfig) -> None:
+    def __init__(self, dim: int, config: NormConfig) -> None:
         """Factor one for each of `dim` features; results have the model's dtype."""
         initial = jnp.full((dim,), 1.0 - config.norm_offset, config.param_dtype)
         self.scale = nnx.Param(initial, axes=("norm",))
@@ -108,10 +122,27 @@ class RMSNorm(nnx.Module):
         return (x32 * inverse * factor).astype(self.dtype)
 
 
+class FeedForwardConfig(Protocol):
+    """What `FeedForward` reads of a model's config; see `ModelConfig`."""
+
+    @property
+    def embed_dim(self) -> int: ...  # noqa: D102
+    @property
+    def hidden_dim(self) -> int: ...  # noqa: D102
+    @property
+    def activation(self) -> str: ...  # noqa: D102
+    @property
+    def int8_weights(self) -> bool: ...  # noqa: D102
+    @property
+    def param_dtype(self) -> str: ...  # noqa: D102
+
+
 class FeedForward(nnx.Module):
     """Gated unit (Shazeer, arXiv 2002.05202): `down(activation(gate(x)) * up(x))`."""
 
-    def __init__(self, config: ModelConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: FeedForwardConfig, *, lora: LoraConfig | None, rngs: nnx.Rngs
+    ) -> None:
         """Three linears named gate, up and down."""
 
         def linear(name: str, in_dim: int, out_dim: int, axes: Axes) -> Linear:
@@ -142,3 +173,24 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
+
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def stack(make: Callable[[nnx.Rngs], Module], count: int, rngs: nnx.Rngs) -> Module:
+    """`count` modules as one whose arrays have a leading [count] axis, for `scan`."""
+    stacked: Module = nnx.vmap(make)(rngs.split(count))
+    return stacked
+
+
+def scan(
+    stacked: nnx.Module, layer: Callable[[Any, Float[Array, "..."]], Array], x: Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """`layer(module, x)` for one module of a `stack` after the other: short to compile."""
+    definition, params = nnx.split(stacked)
+
+    def body(x: Array, params: nnx.State) -> tuple[Array, None]:
+        return layer(nnx.merge(definition, params), x), None
+
+    return jax.lax.scan(body, x, params)[0]

@@ -334,17 +334,18 @@ def logical_axes(
     """
     model = nnx.eval_shape(lambda: _build(config, lora, stacked, jax.random.key(0)))
     _, adapter, base = _split(model)
+    return axes_of(base), axes_of(adapter)
+
+
+def axes_of(state: nnx.State) -> Params:
+    """Tree as of `logical_axes`, of the abstract state of any module."""
 
     def named(variable: nnx.Variable) -> tuple[jax.ShapeDtypeStruct, Axes]:
         shape = variable.get_value()
         axes: Axes = variable.get_metadata()["axes"]
         return shape, ("layers",) * (len(shape.shape) - len(axes)) + axes
 
-    def tree(state: nnx.State) -> Params:
-        flat = {path: named(variable) for path, variable in nnx.to_flat_state(state)}
-        return _nest(flat)
-
-    return tree(base), tree(adapter)
+    return _nest({path: named(variable) for path, variable in nnx.to_flat_state(state)})
 
 
 def _nest(flat: dict[tuple[Any, ...], Any]) -> Params:

@@ -25,6 +25,9 @@ RULES: dict[str, Rule] = {
     "layers": None,
     "norm": None,
     "rank": None,
+    "score": None,  # the one output of a reward model
+    "buckets": None,  # of relative positions, and
+    "bucket_heads": None,  # the few numbers that each of them has
 }
 # For decoding: weights are cut over `fsdp` as over `tensor`, so that partial products are added up
 # twice a layer, where the training layout would do so after every linear.
@@ -100,15 +103,24 @@ def param_shardings(
     rules: Mapping[str, Rule] = RULES,
 ) -> tuple[Any, Any]:
     """(base, adapter) trees of shardings."""
+    base, adapter = transformer.logical_axes(model, lora, stacked=stacked)
+    head_dim = model.head_dim
+    return (
+        shardings_of(base, mesh, head_dim=head_dim, rules=rules),
+        shardings_of(adapter, mesh, head_dim=head_dim, rules=rules),
+    )
+
+
+def shardings_of(
+    axes: Any, mesh: jax.sharding.Mesh, *, head_dim: int, rules: Mapping[str, Rule] = RULES
+) -> Any:
+    """Tree of shardings for a tree of shapes and logical axes, any model's."""
 
     def sharding(leaf: tuple[jax.ShapeDtypeStruct, Axes]) -> NamedSharding:
-        shape, axes = leaf
-        return NamedSharding(mesh, spec(axes, shape.shape, mesh, model.head_dim, rules))
+        shape, names = leaf
+        return NamedSharding(mesh, spec(names, shape.shape, mesh, head_dim, rules))
 
-    trees = transformer.logical_axes(model, lora, stacked=stacked)
-    return tuple(
-        jax.tree.map(sharding, tree, is_leaf=lambda x: isinstance(x, tuple)) for tree in trees
-    )
+    return jax.tree.map(sharding, axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
