@@ -48,7 +48,7 @@ def get_config() -> Experiment:
             oracle="trained:smollm2-135m-instruct", rew=0.2, und=0.3, nat=0.3, coh=0.5, bias=0.0
         ),
         ppo=Ppo(
-            num_steps=12,
+            num_steps=10,
             batch_size=16,
             num_epochs=2,
             num_minibatches=2,

@@ -5,6 +5,7 @@ import functools
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags as absl_flags
@@ -23,8 +24,10 @@ from refine_af.config import Lora, Mesh, Model
 from refine_af.launch import flags
 from refine_af.models.convert import staged
 from refine_af.oracle_evaluation import Pair, Scores
+from refine_af.oracle_examples import Group
 from refine_af.oracle_training import OracleOptions
 from refine_af.progress import bar
+from refine_af.seeds import SeedTask
 from refine_af.trained_oracle import TrainedOracle
 
 _MODEL = absl_flags.DEFINE_string("model", "smollm2-135m-instruct", "As in `generate`.")
@@ -80,14 +83,26 @@ def evaluate(pairs: list[Pair]) -> None:
         sys.exit(1)
 
 
+def read_preferences(unseen: Sequence[SeedTask]) -> tuple[list[Group], list[Group]]:
+    """(training, held out) of `--preferences`; says how many rows are left out."""
+    if not _PREFERENCES.value:
+        return [], []
+    rows = flags.read_input(Path(_PREFERENCES.value), ("prompt", "chosen", "rejected"))
+    training, held_out = oracle_examples.preference_groups(rows, unseen)
+    left_out = len(rows) - len(training) - len(held_out)
+    if left_out:
+        print(
+            f"{_PREFERENCES.value}: {left_out} of {len(rows)} rows are left out: their answers are "
+            "equal or empty, or they share a text with a held-out task",
+            file=sys.stderr,
+        )
+    return training, held_out
+
+
 def main() -> None:
     """Train, store, measure what was stored; the directory appears when all of it is done."""
     tasks, unseen = oracle_examples.split(seeds.load(_SEED_TASKS.value))
-    rows = []
-    if _PREFERENCES.value:
-        strings = ("prompt", "chosen", "rejected")
-        rows = flags.read_input(Path(_PREFERENCES.value), strings)
-    preferences, unseen_preferences = oracle_examples.preference_groups(rows)
+    preferences, unseen_preferences = read_preferences(unseen)
     pairs = oracle_evaluation.corrupted_pairs(unseen, _NUM_DRAWS.value)
     pairs += oracle_evaluation.preference_pairs(unseen_preferences)
     if _EVALUATE.value:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +188,7 @@ def from_hf_config(
         raise ValueError(f"{where}: decoder_start_token_id={start!r}: expected a token's id")
     count = functools.partial(hf_config.count, raw, where=where)
     num_layers = count("num_layers")
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": count("vocab_size"),
         "embed_dim": count("d_model"),
         "hidden_dim": count("d_ff"),

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
+from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 
 from refine_af.models.hf_config import read_json
@@ -21,6 +22,7 @@ from refine_af.models.weights import Index, Shape
 
 INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
+_LEAST_TORCH = Version("2.6")  # before, `weights_only` could be made to run code (CVE-2025-32434)
 _WHOLE, _TORCH_WHOLE = "model.safetensors", "pytorch_model.bin"
 
 Header = tuple[Shape, str]  # shape, dtype as the format spells it

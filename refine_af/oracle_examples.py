@@ -5,6 +5,7 @@ set. A fifth of the tasks is held out, by the hash of their id alone: a task is 
 in every run and in every file.
 """
 
+import collections
 import hashlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -112,18 +113,21 @@ def corrupted_group(
     return found
 
 
-def preference_groups(rows: Sequence[Row]) -> tuple[list[Group], list[Group]]:
-    """(training, held out) of rows `prompt, chosen, rejected`; a prompt is on one side only.
+def preference_groups(
+    rows: Sequence[Row], unseen: Sequence[SeedTask]
+) -> tuple[list[Group], list[Group]]:
+    """(training, held out) of rows `prompt, chosen, rejected`.
 
-    Raises:
-        ValueError: a row's answers are the same, or one is empty.
+    A prompt is on one side only. A row is left out when its answers are the same, one is empty, or
+    it shares a text with a held-out seed task.
     """
+    secret = {text for task in unseen for text in _texts(task)}
     sides: tuple[list[Group], list[Group]] = [], []
-    for number, row in enumerate(rows, start=1):
+    for row in rows:
         chosen, rejected = row["chosen"].strip(), row["rejected"].strip()
-        if not chosen or not rejected or chosen == rejected:
-            fault = "are the same" if chosen and rejected else "must not be empty"
-            raise ValueError(f"preference row {number}: 'chosen' and 'rejected' {fault}")
+        known = {" ".join(text.split()) for text in (row["prompt"], chosen, rejected)}
+        if not chosen or not rejected or chosen == rejected or known & secret:
+            continue
         group = [Answer(Example(row["prompt"], "", text), _UNKNOWN) for text in (chosen, rejected)]
         sides[held_out(row["prompt"])].append(group)
     return sides
@@ -150,15 +154,18 @@ def batches(
     ]
     cut: list[list[list[Encoded]]] = []
     filled: list[Rows] = []
-    while encoded:
-        chosen, rows = [0], _fit(encoded[:1], max_length)
-        for i in range(1, min(_AHEAD, len(encoded))):
-            tried = _fit([encoded[j] for j in (*chosen, i)], max_length)
+    waiting = collections.deque(encoded)
+    while waiting:
+        ahead = [waiting.popleft() for _ in range(min(_AHEAD, len(waiting)))]
+        chosen, rows = [0], _fit(ahead[:1], max_length)
+        for i in range(1, len(ahead)):
+            tried = _fit([ahead[j] for j in (*chosen, i)], max_length)
             if len(tried.used) <= num_rows:
                 chosen, rows = [*chosen, i], tried
-        cut.append([encoded[i] for i in chosen])
+        cut.append([ahead[i] for i in chosen])
         filled.append(rows)
-        encoded = [group for i, group in enumerate(encoded) if i not in chosen]
+        left = [group for i, group in enumerate(ahead) if i not in chosen]
+        waiting.extendleft(reversed(left))
     num_rows = max([num_rows, *(len(rows.used) for rows in filled)])
     num_texts = packing.power_of_two(max(sum(map(len, batch)) for batch in cut))
     return [

@@ -6,9 +6,10 @@ weights as safetensors or `pytorch_model.bin`. No code of a directory is ever ru
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from refine_af.rewards import Example
 _PROMPTER, _ASSISTANT, _END = "<|prompter|>", "<|assistant|>", "<|endoftext|>"
 _UNIEVAL_TOKENS = 1024  # of a question, the end token included: UniEval's own limit
 
-Progress = Callable[[int], Any]  # called with the number of rows that are done
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "vocab.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +35,12 @@ class OasstRewardModel:
 
     Attributes:
         params: on `mesh`, as `gpt_neox.logical_axes`.
-        progress: called with the number of texts that are scored, of those of one call.
     """
 
     config: GPTNeoXConfig
     params: Params
     tokenizer: PreTrainedTokenizerBase
     mesh: jax.sharding.Mesh
-    progress: Progress | None = None
 
     @classmethod
     def load(cls, directory: str | Path, mesh: jax.sharding.Mesh, dtype: str = "float32") -> Self:
@@ -75,7 +74,7 @@ class OasstRewardModel:
             return gpt_neox.rewards(self.config, self.params, tokens, lengths)
 
         rows = [self.token_ids(example) for example in examples]
-        return {"rew": scoring.by_length(score, rows, self.mesh, progress=self.progress)}
+        return {"rew": scoring.by_length(score, rows, self.mesh)}
 
     def token_ids(self, example: Example) -> list[int]:
         """Ids of `<|prompter|>{task}<|endoftext|><|assistant|>{output}<|endoftext|>`.
@@ -101,7 +100,6 @@ class UniEval:
     Attributes:
         params: on `mesh`, as `t5.logical_axes`.
         answers: ids of the tokens Yes and No.
-        progress: called with the number of questions that are answered, of those of one call.
     """
 
     config: T5Config
@@ -109,7 +107,6 @@ class UniEval:
     tokenizer: PreTrainedTokenizerBase
     mesh: jax.sharding.Mesh
     answers: tuple[int, int]
-    progress: Progress | None = None
 
     @classmethod
     def load(cls, directory: str | Path, mesh: jax.sharding.Mesh, dtype: str = "float32") -> Self:
@@ -144,7 +141,7 @@ class UniEval:
 
         texts = [questions(example) for example in examples]
         rows = [self.token_ids(text[name]) for name in _QUESTIONS for text in texts]
-        scores = scoring.by_length(score, rows, self.mesh, progress=self.progress)
+        scores = scoring.by_length(score, rows, self.mesh)
         columns = scores.reshape(len(_QUESTIONS), len(examples))
         return dict(zip(_QUESTIONS, columns, strict=True))
 
@@ -175,9 +172,15 @@ def _raw_config(directory: Path) -> tuple[hf_config.Raw, str]:
 
 def _tokenizer(directory: Path, vocab_size: int) -> PreTrainedTokenizerBase:
     """Tokenizer of a directory, whose ids the model knows."""
-    tokenizer = sources.read_tokenizer(directory)
+    # Without these, transformers makes up a vocabulary of special tokens alone.
+    present = [name for name in _VOCABULARIES if (directory / name).exists()]
+    if present == ["spiece.model"] and importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(
+            f'{directory}: reading spiece.model needs sentencepiece: pip install -e ".[oracles]"'
+        )
+    tokenizer = sources.read_tokenizer(directory) if present else None
     if tokenizer is None:
-        raise ValueError(f"{directory}: no tokenizer; expected tokenizer.json, or spiece.model")
+        raise ValueError(f"{directory}: no tokenizer; expected one of {', '.join(_VOCABULARIES)}")
     if len(tokenizer) > vocab_size:
         raise ValueError(
             f"{directory}: the tokenizer has {len(tokenizer)} tokens, the model {vocab_size}"

@@ -8,7 +8,6 @@ import numpy as np
 
 from refine_af import packing, tokens
 from refine_af.mesh import batch_parts, shard_batch
-from refine_af.requests import TokenIds
 
 _TOKENS = 2048  # of a batch, padding included; a longer row makes a batch of its own
 _LEAST = 16  # columns
@@ -19,7 +18,7 @@ Score = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 def by_length(
     score: Score,
-    rows: Sequence[TokenIds],
+    rows: Sequence[tokens.TokenIds],
     mesh: jax.sharding.Mesh,
     extras: np.ndarray | None = None,
     *,

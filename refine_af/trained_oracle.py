@@ -35,7 +35,7 @@ from refine_af.models.transformer import Definition, Params
 from refine_af.models.weights import flat, misfits, put, refuse
 from refine_af.rewards import Example
 
-SHIPPED = Path(__file__).parent / "oracles"
+SHIPPED = Path(__file__).parent / "shipped_oracles"
 DESCRIPTION, ADAPTER = "oracle.json", "adapter.safetensors"
 HEADS = config_lib.PAPER_COMPONENTS  # columns of the heads' kernel; `rew` first
 _FORMAT = 1
@@ -52,6 +52,10 @@ class Description:
     weights_hash: str  # of some rows of every array
     lora: config_lib.Lora
     max_length: int  # tokens that are read of an example
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        config_lib.require_at_least(8, self, "", "max_length")
 
     def to_json(self) -> str:
         """The file's content."""
@@ -173,6 +177,8 @@ def describe(where: str | Path) -> Description:
         found: Description = config_lib.from_dict(Description, raw)
     except KeyError as error:
         raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
     return found
 
 
@@ -192,11 +198,6 @@ def identity(base: BaseModel) -> dict[str, str]:
         "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
         "weights_hash": digest.hexdigest()[:16],
     }
-
-
-def belongs_to(where: str | Path, base: BaseModel) -> bool:
-    """Whether an oracle was trained on the weights of this model."""
-    return not _differences(describe(where), base)
 
 
 def _differences(description: Description, base: BaseModel) -> list[str]:

@@ -268,6 +268,14 @@ def test_score_asks_a_function_of_the_user(program: Program, tmp_path: Path) -> 
     result = program("score", *command, f"--examples={examples}", f"--output={output}")
     assert result[:2] == (0, f"2 rows: {output}\n")
     assert [row["reward"] for row in records.read_rows(output)] == [0.1, 0.25]
+    assert not list(tmp_path.glob("*.scores"))
+    named = f"--config.reward.oracle={mine}:name", "--config.reward.others=('input=1',)"
+    mine.write_text("def name(examples):\n    return {'input': [1.0] * len(examples)}\n")
+    files = f"--examples={examples}", f"--output={output}"
+    result = program("score", "--config=tiny", *named, *files)
+    assert result.err.splitlines()[-1] == (
+        f"error: {examples}: rows have ['input'] already, as the oracle would name its own"
+    )
     mine.write_text("def score(examples):\n    return [1 / 0 for e in examples]\n")
     result = program("score", *command, f"--examples={examples}", f"--output={output}")
     assert result.code == 2

@@ -27,6 +27,7 @@ from refine_af.oracle_evaluation import Pair, Scores
 from refine_af.oracle_examples import Answer
 from refine_af.oracle_training import OracleOptions
 from refine_af.rewards import Example
+from refine_af.seeds import Instance, SeedTask
 
 OPTIONS = OracleOptions(
     seed=0,
@@ -287,26 +288,23 @@ def test_an_interrupted_run_leaves_nothing(
     assert result.err == "\nstopped; nothing was written\n"
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": "p", "chosen": "a"}, "{}:1: 'rejected' must be a string"),
-        (
-            {"prompt": "p", "chosen": "a", "rejected": " a"},
-            "preference row 1: 'chosen' and 'rejected' are the same",
-        ),
-        (
-            {"prompt": "p", "chosen": "a", "rejected": " "},
-            "preference row 1: 'chosen' and 'rejected' must not be empty",
-        ),
-    ],
-)
-def test_a_bad_preference_is_named(
-    row: dict[str, str], message: str, program: Program, tmp_path: Path
-) -> None:
-    file = jsonl(tmp_path / "rows", row)
+def test_a_bad_preference_is_named(program: Program, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "rows", {"prompt": "p", "chosen": "a"})
     result = program(*SMALL, f"--preferences={file}", f"--output={tmp_path / 'oracle'}")
-    assert result == refused(message.format(file))
+    assert result == refused(f"{file}:1: 'rejected' must be a string")
+
+
+def test_preferences_that_teach_nothing_or_tell_a_secret_are_left_out() -> None:
+    unseen = [SeedTask("s", "Sing  a song.", (Instance("", "La la."),), False)]
+    rows = [
+        {"prompt": "Sing a\nsong.", "chosen": "a", "rejected": "b"},
+        {"prompt": "p", "chosen": "La la.", "rejected": "b"},
+        {"prompt": "p", "chosen": "a", "rejected": " a"},
+        {"prompt": "p", "chosen": "a", "rejected": " "},
+        {"prompt": "p", "chosen": "a", "rejected": "b"},
+    ]
+    sides = oracle_examples.preference_groups(rows, unseen)
+    assert [[a.example.output for a in group] for side in sides for group in side] == [["a", "b"]]
 
 
 def test_what_is_missing_is_named(program: Program, tmp_path: Path) -> None:

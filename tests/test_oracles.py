@@ -53,13 +53,27 @@ def test_a_function_may_give_components_or_the_reward_itself(tmp_path: Path) -> 
     [
         ("def other(examples): pass", r"r\.py: no function 'score'; it has \['other'\]"),
         ("score = 1", "no function 'score'"),
+        ("from oracle_beside import nothing", "r.py: ImportError: cannot import name 'nothing'"),
         ("import nothing_of_the_kind", "r.py: ModuleNotFoundError: No module named 'nothing"),
         ("def score(", "r.py: SyntaxError"),
     ],
 )
 def test_a_file_that_cannot_serve_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "oracle_beside.py").write_text("")
     with pytest.raises(ValueError, match=message):
         load(write(tmp_path / "r.py", text))
+
+
+def test_a_file_may_have_dataclasses(tmp_path: Path) -> None:
+    text = (
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "@dataclasses.dataclass\n"
+        "class Weights:\n"
+        "    length: float = 2.0\n"
+        "def score(examples): return [Weights().length] * len(examples)\n"
+    )
+    np.testing.assert_array_equal(load(write(tmp_path / "r.py", text))(EXAMPLES)["reward"], [2, 2])
 
 
 def test_unknown_names_are_refused() -> None:
@@ -164,11 +178,11 @@ def test_a_busy_server_is_asked_again(serve: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("status", "content", "message"),
     [
-        (404, {}, "404 Client Error"),
+        (404, {}, "failed on the instruction 'Sing.' .*: 404 Client Error"),
         (503, {}, "503 Server Error"),
         (200, [], "expected an object with 'components' or 'rewards'"),
-        (200, {"rewards": [1]}, "expected 2 numbers as 'reward'"),
-        (200, {"components": {"a": ["x", 1]}}, "expected 2 numbers as 'a'"),
+        (200, {"rewards": []}, "expected 1 numbers as 'reward'"),
+        (200, {"components": {"a": ["x", 1]}}, "expected 1 numbers as 'a'"),
     ],
 )
 def test_a_server_that_does_not_answer_well(
@@ -177,7 +191,7 @@ def test_a_server_that_does_not_answer_well(
     monkeypatch.setattr(http_oracle, "_BACKOFF", 0.01)
     address = serve(lambda _: (status, content))
     with pytest.raises(ValueError, match=message) as error:
-        load(address)(EXAMPLES)
+        rewards.components(load(address), EXAMPLES)
     assert address in str(error.value)
 
 
@@ -232,11 +246,31 @@ def test_more_examples_than_a_query_holds(tmp_path: Path) -> None:
         np.testing.assert_array_equal(cached(many)["a"] * 3, [i % 7 for i in range(1200)])
 
 
-def test_scores_that_are_not_finite_are_not_remembered(tmp_path: Path) -> None:
-    answers = [np.nan, 1.0]
-    oracle = CachedOracle(lambda _: {"a": np.asarray([answers.pop(0)])}, tmp_path / "s", "")
-    assert np.isnan(oracle(EXAMPLES[:1])["a"][0])
-    assert oracle(EXAMPLES[:1])["a"] == [1.0]
+def test_scores_that_cannot_be_used_are_not_remembered(tmp_path: Path) -> None:
+    answers = [[np.nan], [1.0, 2.0], [1.0]]
+    oracle = CachedOracle(lambda _: {"a": np.asarray(answers.pop(0))}, tmp_path / "s", "")
+    for message in (r"^reward oracle gave {'a': nan}", r"^reward oracle gave 'a' of shape \(2,\)"):
+        with pytest.raises(ValueError, match=message):
+            rewards.components(oracle, EXAMPLES[:1])
+    assert rewards.components(oracle, EXAMPLES[:1])["a"] == [1.0]
+
+
+def test_scores_of_unlike_components_are_not_mixed(tmp_path: Path) -> None:
+    answers = [{"a": [1.0]}, {"b": [1.0]}]
+    oracle = CachedOracle(lambda _: answers.pop(0), tmp_path / "s", "")
+    for example in EXAMPLES:
+        oracle([example])
+    with pytest.raises(ValueError, match=r"components \['a'\], and some with \['b'\]; remove"):
+        oracle(EXAMPLES)
+
+
+def test_an_oracle_changes_its_identity_with_what_it_is(tmp_path: Path) -> None:
+    assert oracles.fingerprint("a-hub/name") == ""
+    file = tmp_path / "weights"
+    file.write_text("a")
+    before = oracles.fingerprint(str(tmp_path))
+    file.write_text("ab")
+    assert before not in ("", oracles.fingerprint(str(tmp_path)))
 
 
 def test_what_was_asked_ahead_is_there_when_it_is_wanted(tmp_path: Path) -> None:

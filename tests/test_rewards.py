@@ -158,6 +158,27 @@ def test_coefficients_that_say_nothing_are_refused(item: str) -> None:
         Reward(others=(item,))
 
 
+def test_a_reward_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"no component has a coefficient; .* \['good', 'long'\]"):
+        rewards.combine(TABLE, Reward(others=("good=0",)))
+    with pytest.raises(ValueError, match="reward oracle gave no component"):
+        rewards.judge(constant(), [Example("Sing.", "", "la")], [True], PAYS)
+    with pytest.raises(ValueError, match=r"\['a'\] stand there more than once"):
+        Reward(others=("a=1", "a=2"))
+
+
+def test_a_fault_of_no_single_example_is_one_of_the_batch() -> None:
+    def oracle(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        if len(examples) > 1:
+            raise MemoryError("too many")
+        return {"reward": np.zeros(1)}
+
+    answers = [Example("Sing.", "", "la"), Example("Stop.", "", "no")]
+    message = r"failed on a batch of 2 from the instruction 'Sing\.' .* on: MemoryError: too many"
+    with pytest.raises(ValueError, match=message):
+        rewards.components(oracle, answers)
+
+
 def test_a_failing_oracle_names_the_example() -> None:
     def oracle(examples: Sequence[Example]) -> dict[str, np.ndarray]:
         return {"reward": np.asarray([1 / len(e.output) for e in examples])}

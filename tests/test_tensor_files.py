@@ -175,7 +175,7 @@ def _as_torch(state: Any, file: Path) -> None:
 
 
 def _as_pickle(state: Any, file: Path) -> None:
-    file.write_bytes(pickle.dumps(state))
+    file.write_bytes(pickle.dumps(state, protocol=2))
 
 
 @pytest.mark.parametrize("write", [_as_torch, _as_pickle])
@@ -248,6 +248,14 @@ def test_without_torch_one_line_says_what_to_install(
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(builtins, "__import__", without)
     assert error_of(tmp_path) == (
-        f"{tmp_path}/pytorch_model.bin: reading torch's format needs torch: "
-        'pip install -e ".[oracles]"; or convert the file to safetensors elsewhere'
+        f"{tmp_path}/pytorch_model.bin: reading torch's format needs torch 2.6 or later, "
+        'found none: pip install -e ".[oracles]"; or convert the file to safetensors elsewhere'
     )
+
+
+def test_a_torch_that_could_be_made_to_run_code_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, tensors_of("neox"), {}, "bin")
+    monkeypatch.setattr("torch.__version__", "2.5.1+cpu")
+    assert "needs torch 2.6 or later, found 2.5.1+cpu: pip install" in error_of(tmp_path)

@@ -139,7 +139,6 @@ def test_another_model_is_refused_in_one_line(directory: Path, oracle: TrainedOr
     other = dataclasses.replace(base, params=jax.tree.map(lambda x: x * 1.5, base.params))
     with pytest.raises(ValueError, match=r"was trained on 'random:tiny', which .* is not: weights"):
         trained_oracle.load(directory, other)
-    assert not trained_oracle.belongs_to(directory, other)
     shape = dataclasses.replace(base.config, rope_theta=5.0)
     renamed = dataclasses.replace(
         base, source=dataclasses.replace(base.source, config=shape, name="mine")
@@ -147,7 +146,7 @@ def test_another_model_is_refused_in_one_line(directory: Path, oracle: TrainedOr
     message = r"which 'mine' is not: config_hash \w+ is not \w+$"
     with pytest.raises(ValueError, match=message):
         trained_oracle.load(directory, renamed)
-    assert trained_oracle.belongs_to(directory, tiny("bfloat16"))  # arithmetic is no other model
+    trained_oracle.load(directory, tiny("bfloat16"))  # another arithmetic is no other model
 
 
 def test_files_that_do_not_fit_are_refused(directory: Path, tmp_path: Path) -> None:
