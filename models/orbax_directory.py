@@ -23,7 +23,7 @@ from refine_af.models.weights import Index, Shape, Weights, check_shapes, flat, 
 
 PARAMS = "params"
 _CHUNK_BYTES = 1 << 24  # stored, and so read, as one
-_PIECE_BYTES = 1 << 27  # in memory at a time, unless a single row of chunks is larger
+_PIECE_BYTES = 1 << 24  # in memory at a time, unless a single row of chunks is larger
 
 
 class OrbaxWeights(Weights):
