@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import (
@@ -112,6 +113,11 @@ CONFIGS: dict[str, Callable[[], transformers.PreTrainedConfig]] = {
         **_SIZES | {"num_attention_heads": 6, "rms_norm_eps": 1e-3}, rope_parameters=_rope(1e4)
     ),
 }
+
+# Unlike one above in numbers only; the other differences are all in the rest.
+_ALIKE = ("llama3", "mistral-v0.3", "deepseek-r1-distill-llama", "deepseek-r1-distill-qwen")
+# `test-slow` has all of them.
+PARAMS = [pytest.param(name, marks=pytest.mark.slow if name in _ALIKE else ()) for name in CONFIGS]
 
 
 def build(name: str) -> PreTrainedModel:

@@ -85,7 +85,7 @@ def test_a_warning_of_transformers_would_be_seen(
     assert any("model.norm.weight" in record.getMessage() for record in warned.records)
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.PARAMS)
 def test_there_and_back_is_bit_equal_and_transformers_takes_it(
     family: str, tmp_path: Path, warned: pytest.LogCaptureFixture
 ) -> None:
@@ -99,7 +99,7 @@ def test_there_and_back_is_bit_equal_and_transformers_takes_it(
     assert not warned.records
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.PARAMS)
 def test_an_export_from_memory_is_taken_without_a_warning(
     family: str, tmp_path: Path, warned: pytest.LogCaptureFixture
 ) -> None:
@@ -173,7 +173,7 @@ def test_convert_says_in_one_line_what_it_wrote(tmp_path: Path) -> None:
     assert (tmp_path / "orbax/params").is_dir()
 
 
-@pytest.mark.parametrize("family", families.CONFIGS)
+@pytest.mark.parametrize("family", families.PARAMS)
 def test_both_forms_load_alike(family: str, tmp_path: Path) -> None:
     orbax = tmp_path / "orbax"
     source = sources.open_model(str(families.saved(family)))

@@ -49,7 +49,7 @@ def load(name: str) -> Model:
     return Model(source, source.load(), families.build(name))
 
 
-@pytest.fixture(params=families.CONFIGS)
+@pytest.fixture(params=families.PARAMS)
 def model(request: pytest.FixtureRequest) -> Model:
     return load(request.param)
 
