@@ -49,9 +49,9 @@ def get_config() -> Experiment:
         ),
         ppo=Ppo(
             num_steps=10,
-            batch_size=16,
-            num_epochs=2,
-            num_minibatches=2,
+            batch_size=32,
+            num_epochs=1,
+            num_minibatches=4,
             num_microbatches=1,
             learning_rate=3e-4,
             warmup_steps=2,

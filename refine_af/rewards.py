@@ -153,7 +153,8 @@ def combine(table: Mapping[str, np.ndarray], options: Reward) -> np.ndarray:
         total = shaped[WHOLE]
     else:
         coefficients = _coefficients(table, options)
-        total = sum(factor * shaped[name] for name, factor in coefficients.items()) + options.bias
+        parts = [factor * shaped[name] for name, factor in coefficients.items()]
+        total = np.sum(parts, axis=0) + options.bias
     return np.asarray(_clipped(total, options.clip_reward))
 
 

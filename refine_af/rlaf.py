@@ -218,7 +218,7 @@ class RlafStage:
         """Log-ratio of policy and reference over each answer, in batches of training's shape."""
         size, found = self.config.ppo.batch_size, []
         for first in range(0, len(requests), size):
-            some = np.resize(np.arange(first, min(first + size, len(requests))), size)
+            some = np.resize(np.arange(first, min(first + size, len(requests))), size).tolist()
             chosen = [requests[i] for i in some], [completions[i] for i in some]
             _, reading = self._read(state, *chosen, [0.0] * size, prompt_length)
             found.append(np.asarray(reading.logprobs - reading.ref_logprobs).sum(axis=1))
