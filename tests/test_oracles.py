@@ -1,5 +1,6 @@
 """Oracles by name: a user's function, rules, a server, several at once, and what is remembered."""
 
+import contextlib
 import dataclasses
 import http.server
 import json
@@ -133,8 +134,9 @@ def serve() -> Iterator[Callable[[Callable[[Any], tuple[int, Any]]], str]]:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 status, content = answer(body)
                 self.send_response(status)
-                self.end_headers()
-                self.wfile.write(json.dumps(content).encode())
+                with contextlib.suppress(BrokenPipeError):  # nobody waits any more
+                    self.end_headers()
+                    self.wfile.write(json.dumps(content).encode())
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -233,6 +233,17 @@ def test_together_they_make_the_paper_s_reward(oasst: OasstRewardModel, unieval:
     assert judged.reward == pytest.approx(by_hand, abs=1e-12)
 
 
+# Directories that are not right
+
+
+@pytest.fixture
+def copies(tmp_path: Path) -> tuple[Path, Path]:
+    """Of the reward model's directory and of UniEval's."""
+    for name, source in (("neox", neox_directory()), ("t5", t5_directory())):
+        shutil.copytree(source, tmp_path / name)
+    return tmp_path / "neox", tmp_path / "t5"
+
+
 def error_of(load: Callable[..., Any], folder: Path, mesh: jax.sharding.Mesh) -> str:
     with pytest.raises(ValueError) as error:
         load(folder, mesh)
