@@ -242,6 +242,7 @@ def test_a_second_start_changes_nothing_and_is_quick(undisturbed: Done, programs
     assert ended.seconds < first.seconds / 2
 
 
+@pytest.mark.slow
 def test_a_seed_decides_everything(undisturbed: Done, programs: Programs, tmp_path: Path) -> None:
     """The same one gives the same bytes; another one gives others in every stage."""
     starts = [
