@@ -183,6 +183,10 @@ class Reward:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("reward.normalise", self.normalise, NORMALISATIONS)
+        numbers = ("rew", "nat", "und", "coh", "bias", "unparsable", "missing_end_penalty")
+        for name in (*numbers, "clip_components", "clip_reward", "timeout"):
+            value = getattr(self, name)
+            require(math.isfinite(value), f"reward.{name}={value}: expected a finite number")
         require_at_least(0, self, "reward.", "clip_components", "clip_reward")
         require_positive(self, "reward.", "timeout")
         names = [item.partition("=")[0] for item in self.others]

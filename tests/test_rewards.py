@@ -167,6 +167,13 @@ def test_a_reward_of_nothing_is_refused() -> None:
         Reward(others=("a=1", "a=2"))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["rew", "bias", "unparsable", "clip_reward", "timeout"])
+def test_numbers_that_are_not_finite_are_refused(name: str, bad: float) -> None:
+    with pytest.raises(ValueError, match=rf"reward\.{name}={bad}: expected a finite number"):
+        Reward(**{name: float(bad)})
+
+
 def test_a_fault_of_no_single_example_is_one_of_the_batch() -> None:
     def oracle(examples: Sequence[Example]) -> dict[str, np.ndarray]:
         if len(examples) > 1:
