@@ -39,6 +39,7 @@ def get_config() -> Experiment:
         ppo=Ppo(
             num_steps=3,
             batch_size=8,
+            group_size=2,
             num_epochs=2,
             num_minibatches=2,
             num_microbatches=2,

@@ -1,4 +1,9 @@
-"""Score triplets with the reward oracle of a config: adds `reward` and each component to rows."""
+"""Score triplets with the reward oracle of a config: adds `reward` and each component to rows.
+
+The oracle is --config.reward.oracle: judge, judge:MODEL, trained:NAME_OR_DIR, oasst:DIR,
+unieval:DIR, rules, FILE.py:FUNCTION or an http(s) address; several with commas. See
+docs/rewards.md.
+"""
 
 from pathlib import Path
 
@@ -20,6 +25,8 @@ _AT_ONCE = 256  # examples that the oracle is given together
 def main() -> None:
     """Score all rows and write them as a whole."""
     source, target = Path(flags.require(_EXAMPLES)), Path(flags.require(_OUTPUT))
+    if target.is_dir():
+        raise ValueError(f"--output={target}: is a directory; expected a file to write")
     rows = flags.read_input(source, ("instruction", "input", "output"))
     config = flags.experiment()
     known = target.with_name(f"{target.name}.scores")  # until all rows are scored

@@ -53,7 +53,7 @@ _NUM_DRAWS = absl_flags.DEFINE_integer(
     "num_draws", 6, "Corruptions of each kind and held-out task that measure.", lower_bound=1
 )
 _AT_LEAST = absl_flags.DEFINE_float(
-    "at_least", 0.0, "With --evaluate: exit 1 when the accuracy of `rew` over all is below."
+    "at_least", None, "With --evaluate: exit 1 when the accuracy of `rew` over all is below."
 )
 
 
@@ -74,7 +74,7 @@ def evaluate(pairs: list[Pair]) -> None:
     rows = oracle_evaluation.accuracies(measure(oracle, pairs))
     print(oracle_evaluation.table(rows))
     accuracy = oracle_evaluation.find(rows, "all")["rew"]
-    if accuracy < _AT_LEAST.value:
+    if _AT_LEAST.value is not None and accuracy < _AT_LEAST.value:
         print(
             f"{_EVALUATE.value}: rew is right on {accuracy:.3f} of all pairs, below "
             f"--at_least={_AT_LEAST.value}",
@@ -108,6 +108,8 @@ def main() -> None:
     if _EVALUATE.value:
         evaluate(pairs)
         return
+    if _AT_LEAST.value is not None:
+        raise ValueError("--at_least: needs --evaluate, the oracle to measure")
     target = Path(flags.require(_OUTPUT)).expanduser()
     if target.exists():
         raise ValueError(f"{target}: exists; give another --output, or remove it")

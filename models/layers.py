@@ -12,12 +12,14 @@ from typing import Any, Protocol, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int8
 
 from refine_af.models.config import LoraConfig
 from refine_af.models.contraction import project
 
 Axes = tuple[str, ...]
+LINEAR = "linear"  # name that a remat policy knows the results of linear maps by
 
 
 class Linear(nnx.Module):
@@ -70,10 +72,10 @@ class Linear(nnx.Module):
         y = project(x, self.kernel[...], self.kernel_scale[...] if self.int8 else None)
         if self.biased:
             y = (y + along_last(self.bias[...], y.ndim)).astype(x.dtype)
-        if not self.adapted:
-            return y
-        low = project(x, self.lora_a[...]) * self.lora_scale
-        return y + project(low, self.lora_b[...])
+        if self.adapted:
+            low = project(x, self.lora_a[...]) * self.lora_scale
+            y = y + project(checkpoint_name(low, LINEAR), self.lora_b[...])
+        return checkpoint_name(y, LINEAR)
 
 
 def quantize(

@@ -24,7 +24,7 @@ from refine_af.models.block import Attend, Block
 from refine_af.models.cache import KVCache, Prefix, Stored
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.contraction import rows_times
-from refine_af.models.layers import Axes, RMSNorm, quantize
+from refine_af.models.layers import LINEAR, Axes, RMSNorm, quantize
 from refine_af.models.rotary import Rotary
 
 Params = dict[str, Any]  # nested, leaves are arrays
@@ -68,7 +68,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         prefix: Prefix | None = None,
         offset: Int[Array, "B *T"] | None = None,
-        remat: bool = False,
+        remat: str = "none",
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Final hidden states (after the last norm), for `logits` or a value head.
 
@@ -82,7 +82,8 @@ class Transformer(nnx.Module):
             prefix: what stands before column `start` of texts that begin alike; needs unstacked
                 layers.
             offset: number of prefix tokens before each text (or each token's): all of them or 0.
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            remat: what the backward pass computes again: `none` of a layer, `full`, all of it, or
+                `cheap`, all but its matrix products.
         """
         end = jnp.zeros((), jnp.int32) if cache is None else cache.end
         columns = end + jnp.arange(tokens.shape[1], dtype=jnp.int32)
@@ -147,7 +148,7 @@ class Transformer(nnx.Module):
         return attend
 
     def _scan(
-        self, x: Array, rotaries: tuple[Rotary, Rotary], start: Array, *, remat: bool
+        self, x: Array, rotaries: tuple[Rotary, Rotary], start: Array, *, remat: str
     ) -> tuple[Array, Stored]:
         definition, stacked = nnx.split(self.layers)
         kinds = self.kinds
@@ -159,7 +160,8 @@ class Transformer(nnx.Module):
             tables = _pick(is_global, *rotaries)
             return nnx.merge(definition, params)(x, tables, whole.attend(is_global))
 
-        body = jax.checkpoint(layer) if remat else layer
+        keep = jax.checkpoint_policies.save_only_these_names(LINEAR) if remat == "cheap" else None
+        body = layer if remat == "none" else jax.checkpoint(layer, policy=keep)
         return jax.lax.scan(body, x, (stacked, jnp.asarray(kinds)))
 
     def _unrolled(
@@ -174,14 +176,27 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        if self.config.tie_embeddings:
-            logits = rows_times("td,vd->tv", flat, self.embedding[...])
-        else:
-            logits = rows_times("td,dv->tv", flat, self.head[...])
-        cap = self.config.logit_softcap
-        if cap is not None:
-            logits = jnp.tanh(logits / cap) * cap
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return logits_of(self.config, flat, self.head_kernel).reshape(*hidden.shape[:-1], -1)
+
+    @property
+    def head_kernel(self) -> Array:
+        """What hidden states are multiplied with; see `vocabulary_axis` for its layout."""
+        return self.embedding[...] if self.config.tie_embeddings else self.head[...]
+
+
+def vocabulary_axis(config: ModelConfig) -> int:
+    """0 for a `head_kernel` [V, D], 1 for one [D, V]."""
+    return 0 if config.tie_embeddings else 1
+
+
+def logits_of(
+    config: ModelConfig, hidden: Float[Array, "T D"], kernel: Float[Array, "..."]
+) -> Float[Array, "T V"]:
+    """Logits, float32, of the vocabulary entries that `kernel`, a part of the head's, has."""
+    spec = "td,vd->tv" if vocabulary_axis(config) == 0 else "td,dv->tv"
+    logits = rows_times(spec, hidden, kernel)
+    cap = config.logit_softcap
+    return logits if cap is None else jnp.tanh(logits / cap) * cap
 
 
 @jax.custom_vjp

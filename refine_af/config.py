@@ -16,6 +16,9 @@ from typing import Any
 DTYPES = ("float32", "bfloat16")
 PROMPT_FORMATS = ("raw", "chat")  # as it is; as the user's turn of a chat
 SFT_FORMATS = ("alpaca", "chat")
+REMATS = ("none", "cheap", "full")  # of a layer, computed again backward: nothing, all but products
+ESTIMATORS = ("gae", "rloo", "grpo")
+KL_CONTROLLERS = ("adaptive", "fixed")
 NORMALISATIONS = ("none", "batch")  # as they are; mean 0 and deviation 1 over the batch's answers
 PAPER_COMPONENTS = ("rew", "nat", "und", "coh")
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
@@ -208,9 +211,13 @@ class Ppo:
 
     num_steps: int  # rollouts
     batch_size: int  # answers a rollout
+    estimator: str = "gae"  # of advantages, one of ESTIMATORS; all but gae do without the critic
+    group_size: int = 1  # answers to each instruction of a rollout
     num_epochs: int
     num_minibatches: int  # optimizer steps an epoch
     num_microbatches: int  # a minibatch is cut into so many to save memory; changes no number
+    remat: str = "full"  # one of REMATS
+    row_length: int = 0  # columns that texts are packed into; at least the longest text's
     learning_rate: float
     warmup_steps: int  # optimizer steps of linear warm-up; linear decay to 0 afterwards
     max_grad_norm: float = 1.0
@@ -218,13 +225,18 @@ class Ppo:
     gamma: float = 1.0
     gae_lambda: float = 0.95
     clip_eps: float = 0.2
+    dual_clip: float = 0.0  # most that a bad token counts, in advantages; above 1, or 0: no limit
+    max_update_kl: float = 0.0  # no more optimizer steps once one moved so far; 0: no limit
     value_clip_eps: float = 0.2
     value_coef: float = 0.1
     entropy_coef: float = 0.0
     kl_coef: float = 0.1  # at the start
+    kl_controller: str = "adaptive"  # one of KL_CONTROLLERS
     kl_target: float = 6.0  # summed over an answer, nats; of the adaptive controller
     kl_horizon: int = 10_000  # answers
-    whiten_advantages: bool = True
+    scale_scores: bool = False  # to mean 0 and deviation 1 over all rollouts so far
+    whiten_rewards: bool = False  # per-token rewards to deviation 1 over the rollout; mean kept
+    whiten_advantages: bool = True  # of gae
     checkpoint_every: int  # steps
     keep_checkpoints: int = 2
     num_eval_prompts: int = 0  # instructions kept from training, to measure the reward on
@@ -240,6 +252,20 @@ class Ppo:
         require_at_least(1, self, "ppo.", *counts)
         require_at_least(1, self, "ppo.", "kl_horizon", "checkpoint_every", "keep_checkpoints")
         require_at_least(0, self, "ppo.", "warmup_steps", "value_coef", "entropy_coef", "kl_coef")
+        require_at_least(0, self, "ppo.", "row_length", "max_update_kl")
+        require_one_of("ppo.remat", self.remat, REMATS)
+        require_one_of("ppo.estimator", self.estimator, ESTIMATORS)
+        require_one_of("ppo.kl_controller", self.kl_controller, KL_CONTROLLERS)
+        least = 1 if self.estimator == "gae" else 2
+        require(
+            self.group_size >= least and self.batch_size % self.group_size == 0,
+            f"ppo.group_size={self.group_size}: expected a divisor of batch_size="
+            f"{self.batch_size}, at least {least} for {self.estimator}",
+        )
+        require(
+            self.dual_clip == 0 or self.dual_clip > 1,
+            f"ppo.dual_clip={self.dual_clip}: expected 0 or above 1",
+        )
         sizes = ("learning_rate", "max_grad_norm", "adam_eps", "clip_eps", "value_clip_eps")
         require_positive(self, "ppo.", *sizes, "kl_target")
         require_at_least(1, self, "ppo.", "num_eval_samples")
@@ -281,6 +307,7 @@ class Sft:
     num_epochs: int
     batch_size: int
     num_microbatches: int
+    remat: str = "full"  # one of REMATS
     learning_rate: float
     warmup_share: float = 0.03  # of all steps; cosine decay to 0 afterwards (Alpaca)
     max_grad_norm: float = 1.0
@@ -292,6 +319,7 @@ class Sft:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("sft.format", self.format, SFT_FORMATS)
+        require_one_of("sft.remat", self.remat, REMATS)
         counts = ("num_epochs", "batch_size", "num_microbatches", "max_length", "checkpoint_every")
         require_at_least(1, self, "sft.", *counts)
         require_positive(self, "sft.", "learning_rate", "max_grad_norm")

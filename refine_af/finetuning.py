@@ -83,7 +83,7 @@ def response_loss(
     params: dict[str, Params],
     examples: Examples,
     *,
-    remat: bool = True,
+    remat: str,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Negative log-likelihood of the response tokens, summed and divided by `count`."""
     model = transformer.bind(definition, base, params["adapter"])
@@ -113,7 +113,7 @@ def make_step(
     ) -> tuple[TrainState, dict[str, Array]]:
         count = jnp.maximum(jnp.sum(examples.targets), 1.0)
         grads, loss, _ = training.accumulate(
-            functools.partial(response_loss, definition, base, count),
+            functools.partial(response_loss, definition, base, count, remat=options.remat),
             state.params,
             examples,
             options.num_microbatches,
@@ -232,7 +232,7 @@ class FinetuningStage:
         convert.export(source, merged, self.workdir / EXPORT)
 
 
-_jit_response_loss = jax.jit(functools.partial(response_loss, remat=False), static_argnums=0)
+_jit_response_loss = jax.jit(functools.partial(response_loss, remat="none"), static_argnums=0)
 
 
 def tuned_adapter(config: Experiment, base: BaseModel, workdir: Path) -> Params:

@@ -1,15 +1,21 @@
-"""Log-probabilities of given tokens, without ever holding the logits of a whole batch."""
+"""Log-probabilities of given tokens, without ever holding the logits of a batch or a vocabulary."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from refine_af.models import transformer
+from refine_af.models.config import ModelConfig
 from refine_af.models.transformer import Definition, Params, Transformer
 
-_CHUNK = 256  # positions whose logits exist at the same time
+# Logits exist for so many positions and vocabulary entries at the same time.
+_POSITIONS, _ENTRIES = 256, 16_384
+_MOST_SHARDS = 8  # devices that a block of the vocabulary can be split over
+
+_Sums = tuple[Array, Array, Array, Array]
 
 
 def of_targets(
@@ -20,21 +26,20 @@ def of_targets(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(log-probability of each target, entropy in nats), float32.
 
-    `log softmax(logits / temperature)` is computed for about 256 positions at a time, some columns
-    of every row, and again in the backward pass: peak memory does not grow with batch x length x
-    vocabulary, and rows stay on the devices that hold them.
+    The distribution is `softmax(logits / temperature)`. Computed for about 256 positions at a time,
+    some columns of every row, so that rows stay on the devices that hold them; and for blocks of
+    the vocabulary, in both directions: peak memory grows with neither.
     """
     batch, length, dim = hidden.shape
-    columns = max(_CHUNK // batch, 1)
+    columns = max(_POSITIONS // batch, 1)
     padding = -length % columns
     padded = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     wanted = jnp.pad(targets, ((0, 0), (0, padding)))
+    of_rows = functools.partial(_of_rows, model.config, temperature, model.head_kernel)
 
-    @jax.checkpoint
     def chunk(pieces: tuple[Array, Array]) -> tuple[Array, Array]:
-        logprobs = jax.nn.log_softmax(model.logits(pieces[0]) / temperature, axis=-1)
-        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
-        return jnp.take_along_axis(logprobs, pieces[1][..., None], axis=-1)[..., 0], entropy
+        chosen, entropy = of_rows(pieces[0].reshape(-1, dim), pieces[1].reshape(-1))
+        return chosen.reshape(batch, -1), entropy.reshape(batch, -1)
 
     chunks = (
         padded.reshape(batch, -1, columns, dim).swapaxes(0, 1),
@@ -46,6 +51,141 @@ def of_targets(
 
     chosen, entropy = jax.lax.map(chunk, chunks)
     return joined(chosen), joined(entropy)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _of_rows(
+    config: ModelConfig,
+    temperature: float,
+    kernel: Float[Array, "..."],
+    hidden: Float[Array, "T D"],
+    targets: Int[Array, "T"],
+) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
+    """`of_targets` of rows, block by block of the vocabulary."""
+    chosen, entropy, _ = _stream(config, temperature, kernel, hidden, targets)
+    return chosen, entropy
+
+
+def _stream(
+    config: ModelConfig, temperature: float, kernel: Array, hidden: Array, targets: Array
+) -> tuple[Array, Array, Array]:
+    """(log-probabilities, entropies, logarithm of the sum of exponentials)."""
+
+    def block(carry: _Sums, index: Array) -> tuple[_Sums, None]:
+        most, total, mean, chosen = carry
+        index = _tied(index, hidden)
+        logits = _logits(config, temperature, hidden, _cut(config, kernel, index))
+        hits = _entries(config, index)[None] == targets[:, None]
+        chosen = chosen + jnp.sum(jnp.where(hits, logits, 0.0), axis=-1)
+        new = jnp.maximum(most, jnp.max(logits, axis=-1))
+        shift, scale = most - new, jnp.exp(most - new)
+        weights = jnp.exp(logits - new[:, None])
+        # Sums of exp(z - most) and of exp(z - most) (z - most) over the entries so far.
+        mean = scale * (mean + total * shift) + jnp.sum(weights * (logits - new[:, None]), -1)
+        return (new, scale * total + jnp.sum(weights, axis=-1), mean, chosen), None
+
+    zeros = jnp.zeros(targets.shape, jnp.float32)
+    start = (zeros + jnp.finfo(jnp.float32).min / 2, zeros, zeros, zeros)
+    blocks = jnp.arange(_num_blocks(config.vocab_size))
+    (most, total, mean, chosen), _ = jax.lax.scan(block, start, blocks)
+    normaliser = most + jnp.log(total)
+    return chosen - normaliser, jnp.log(total) - mean / total, normaliser
+
+
+def _forward(
+    config: ModelConfig, temperature: float, kernel: Array, hidden: Array, targets: Array
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    chosen, entropy, normaliser = _stream(config, temperature, kernel, hidden, targets)
+    return (chosen, entropy), (kernel, hidden, targets, entropy, normaliser)
+
+
+def _backward(
+    config: ModelConfig,
+    temperature: float,
+    saved: tuple[Array, ...],
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, Array, None]:
+    """Logits once more: `d chosen = hit - p`, `d entropy = -p (log p + entropy)` by logit."""
+    kernel, hidden, targets, entropy, normaliser = saved
+    of_chosen, of_entropy = (x[:, None] for x in cotangents)
+
+    def block(total: Array, index: Array) -> tuple[Array, Array]:
+        index = _tied(index, hidden)
+        logits, pull = jax.vjp(
+            functools.partial(_logits, config, temperature), hidden, _cut(config, kernel, index)
+        )
+        logprobs = logits - normaliser[:, None]
+        p = jnp.exp(logprobs)
+        hits = _entries(config, index)[None] == targets[:, None]
+        slope = of_chosen * (hits - p) - of_entropy * p * (logprobs + entropy[:, None])
+        of_hidden, of_kernel = pull(slope)
+        return total + of_hidden.astype(jnp.float32), of_kernel
+
+    blocks = jnp.arange(_num_blocks(config.vocab_size))
+    of_hidden, of_kernel = jax.lax.scan(block, jnp.zeros(hidden.shape, jnp.float32), blocks)
+    return _whole(config, of_kernel), of_hidden.astype(hidden.dtype), None
+
+
+_of_rows.defvjp(_forward, _backward)
+
+
+def _tied(index: Array, hidden: Array) -> Array:
+    """`index`, known no earlier than `hidden`.
+
+    Else JAX would cut all blocks before the loop over positions: a second copy of the head.
+    """
+    tied: Array = jax.lax.optimization_barrier((index, hidden))[0]
+    return tied
+
+
+def _logits(
+    config: ModelConfig, temperature: float, hidden: Array, kernel: Array
+) -> Float[Array, "T V"]:
+    return transformer.logits_of(config, hidden, kernel) / temperature
+
+
+# A block takes entries from all over the vocabulary, some of each eighth of it: where the head is
+# split over devices, every block is too. Axes of the vocabulary: [eighth, block, entry].
+
+
+@functools.cache
+def _num_blocks(vocab: int) -> int:
+    """Smallest divisor that leaves blocks small enough; 1 where the vocabulary has none."""
+    fits = (n for n in range(1, vocab // 1024 + 1) if vocab % n == 0 and vocab // n <= _ENTRIES)
+    return next(fits, 1)
+
+
+def _split(config: ModelConfig) -> tuple[int, int, int]:
+    blocks = _num_blocks(config.vocab_size)
+    shards = math.gcd(config.vocab_size // blocks, _MOST_SHARDS)
+    return shards, blocks, config.vocab_size // blocks // shards
+
+
+def _cut(config: ModelConfig, kernel: Array, index: Array) -> Array:
+    """One block of the head's kernel."""
+    axis = transformer.vocabulary_axis(config)
+    shape = list(kernel.shape)
+    shape[axis : axis + 1] = _split(config)
+    part = jax.lax.dynamic_index_in_dim(kernel.reshape(shape), index, axis + 1, keepdims=False)
+    shape[axis : axis + 3] = [-1]
+    return part.reshape(shape)
+
+
+def _entries(config: ModelConfig, index: Array) -> Int[Array, "V"]:
+    """Token ids of a block."""
+    shards, blocks, size = _split(config)
+    ids = jnp.arange(config.vocab_size, dtype=jnp.int32).reshape(shards, blocks, size)
+    return jax.lax.dynamic_index_in_dim(ids, index, 1, keepdims=False).reshape(-1)
+
+
+def _whole(config: ModelConfig, parts: Array) -> Array:
+    """Kernel whose blocks these are, stacked."""
+    axis = transformer.vocabulary_axis(config)
+    shards, blocks, size = _split(config)
+    shape = list(parts.shape[1:])
+    cut = parts.reshape(blocks, *shape[:axis], shards, size, *shape[axis + 1 :])
+    shape[axis] = config.vocab_size
+    return jnp.moveaxis(cut, 0, axis + 1).reshape(shape)
 
 
 @functools.partial(jax.jit, static_argnums=0)

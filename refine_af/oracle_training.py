@@ -94,7 +94,7 @@ def losses(
     """
     places = batch.tokens, batch.start, batch.rows, batch.columns
     # Computing layers twice is faster than keeping them: 4 GiB of fresh pages a step, else.
-    found = trained_oracle.logits(definition, base, params, *places, remat=True)
+    found = trained_oracle.logits(definition, base, params, *places, remat="full")
     better, worse = found[batch.better, 0], found[batch.worse, 0]
     pairs = bradley_terry(better, worse, batch.weights)
     qualities = binary_cross_entropy(found[:, 1:], batch.labels)

@@ -15,9 +15,11 @@ Several may be joined with commas, `oasst:DIR,unieval:DIR` is the paper's own pa
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +39,10 @@ from refine_af.score_cache import CachedOracle
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded:
-    """An oracle, and what its scores depend on."""
+class Named:
+    """An oracle that a name stands for, and what its scores depend on."""
 
-    oracle: Oracle
+    make: Callable[[], Oracle]  # reads its model
     identity: str
     needs_device: bool = True
 
@@ -67,6 +69,15 @@ class Joined:
         return table
 
 
+def check(config: Experiment) -> None:
+    """Find what the config's oracles are without reading a model: a run is old when it scores.
+
+    Raises:
+        ValueError: there is no such oracle, or a file of it is missing.
+    """
+    _find_all(config, _no_base)
+
+
 def load(config: Experiment, base: Callable[[], BaseModel], cache: Path | None) -> Oracle:
     """Oracle of a run.
 
@@ -77,9 +88,9 @@ def load(config: Experiment, base: Callable[[], BaseModel], cache: Path | None) 
     Raises:
         ValueError: no such oracle, or it cannot be loaded.
     """
-    names = [name.strip() for name in config.reward.oracle.split(",")]
-    parts = [_load(name, config, base) for name in names]
-    oracle = parts[0].oracle if len(parts) == 1 else Joined([part.oracle for part in parts])
+    parts = _find_all(config, base)
+    made = [part.make() for part in parts]
+    oracle = made[0] if len(made) == 1 else Joined(made)
     path = Path(config.reward.cache).expanduser() if config.reward.cache else cache
     if path is None:
         return oracle
@@ -87,15 +98,24 @@ def load(config: Experiment, base: Callable[[], BaseModel], cache: Path | None) 
     return CachedOracle(oracle, path, identity, not any(part.needs_device for part in parts))
 
 
-def _load(name: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
+def _no_base() -> BaseModel:
+    raise AssertionError("the base model is for making an oracle, not for finding it")
+
+
+def _find_all(config: Experiment, base: Callable[[], BaseModel]) -> list[Named]:
+    return [_find(name.strip(), config, base) for name in config.reward.oracle.split(",")]
+
+
+def _find(name: str, config: Experiment, base: Callable[[], BaseModel]) -> Named:
     if name.startswith(("http://", "https://")):
-        return Loaded(HttpOracle(name, config.reward.timeout), name, needs_device=False)
+        server = HttpOracle(name, config.reward.timeout)
+        return Named(lambda: server, name, needs_device=False)
     if ".py:" in name:
         text, _, function = name.rpartition(":")
         path = Path(text).expanduser()
         oracle = _function(path, function)
         content = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Loaded(oracle, f"{name} {content}", needs_device=False)
+        return Named(lambda: oracle, f"{name} {content}", needs_device=False)
     kind, _, argument = name.partition(":")
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
@@ -107,49 +127,57 @@ def _load(name: str, config: Experiment, base: Callable[[], BaseModel]) -> Loade
     return KINDS[kind](argument, config, base)
 
 
-def _judge(source: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
+def _judge(source: str, config: Experiment, base: Callable[[], BaseModel]) -> Named:
     options = dataclasses.replace(config.model, source=source or config.model.source)
-    model = base_model.load(options, config.mesh) if source else base()
-    return Loaded(JudgeOracle(model), f"judge {options} {fingerprint(options.source)}")
+
+    def make() -> Oracle:
+        return JudgeOracle(base_model.load(options, config.mesh) if source else base())
+
+    return Named(make, f"judge {options} {fingerprint(options.source)}")
 
 
-def _trained(where: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
+def _trained(where: str, config: Experiment, base: Callable[[], BaseModel]) -> Named:
     description = trained_oracle.describe(where)
-    shared = base() if description.model == config.model.source else None
     mesh, dtype = config.mesh, config.model.dtype
-    oracle = trained_oracle.load(where, shared, mesh=mesh, dtype=dtype)
+
+    def make() -> Oracle:
+        shared = base() if description.model == config.model.source else None
+        return trained_oracle.load(where, shared, mesh=mesh, dtype=dtype)
+
     content = (trained_oracle.find(where) / trained_oracle.ADAPTER).read_bytes()
-    identity = f"trained {dtype} {description} {hashlib.sha256(content).hexdigest()}"
-    return Loaded(oracle, identity)
-
-
-def _oasst(directory: str, config: Experiment, _: Callable[[], BaseModel]) -> Loaded:
-    return _published(OasstRewardModel, directory, config)
-
-
-def _unieval(directory: str, config: Experiment, _: Callable[[], BaseModel]) -> Loaded:
-    return _published(UniEval, directory, config)
+    return Named(make, f"trained {dtype} {description} {hashlib.sha256(content).hexdigest()}")
 
 
 def _published(
-    kind: type[OasstRewardModel | UniEval], directory: str, config: Experiment
-) -> Loaded:
-    dtype = config.model.dtype
-    oracle = kind.load(Path(directory).expanduser(), make_mesh(config.mesh), dtype)
-    return Loaded(oracle, f"{kind.__name__} {dtype} {fingerprint(directory)}")
+    kind: type[OasstRewardModel | UniEval],
+    directory: str,
+    config: Experiment,
+    _: Callable[[], BaseModel],
+) -> Named:
+    path, dtype = Path(directory).expanduser(), config.model.dtype
+    if not directory or not path.is_dir():
+        raise ValueError(
+            f"config.reward.oracle: {directory!r} is no directory; download {kind.published} and "
+            "give its directory, as in oasst:DIR or unieval:DIR"
+        )
+
+    def make() -> Oracle:
+        return kind.load(path, make_mesh(config.mesh), dtype)
+
+    return Named(make, f"{kind.__name__} {dtype} {fingerprint(directory)}")
 
 
-def _rules(argument: str, config: Experiment, base: Callable[[], BaseModel]) -> Loaded:
+def _rules(argument: str, _: Experiment, __: Callable[[], BaseModel]) -> Named:
     if argument:
         raise ValueError(f"config.reward.oracle='rules:{argument}': rules take no argument")
-    return Loaded(rules, "rules", needs_device=False)
+    return Named(lambda: rules, "rules", needs_device=False)
 
 
-KINDS: dict[str, Callable[[str, Experiment, Callable[[], BaseModel]], Loaded]] = {
+KINDS: dict[str, Callable[[str, Experiment, Callable[[], BaseModel]], Named]] = {
     "judge": _judge,
     "trained": _trained,
-    "oasst": _oasst,
-    "unieval": _unieval,
+    "oasst": functools.partial(_published, OasstRewardModel),
+    "unieval": functools.partial(_published, UniEval),
     "rules": _rules,
 }
 
@@ -180,15 +208,28 @@ def _function(path: Path, name: str) -> Oracle:
         sys.path.append(str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ValueError(_fault(error, path)) from error
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if callable(value)]
         raise ValueError(f"{path}: no function {name!r}; it has {known}")
 
     def oracle(examples: Sequence[Example]) -> Mapping[str, Any]:
-        given = function(list(examples))
+        try:
+            given = function(list(examples))
+        except (Exception, SystemExit) as error:
+            raise ValueError(_fault(error, path)) from error
         return given if isinstance(given, Mapping) else {WHOLE: np.asarray(given)}
 
     return oracle
+
+
+def _fault(error: BaseException, path: Path) -> str:
+    """What went wrong, and the line of the user's file where it did."""
+    if isinstance(error, SyntaxError):
+        return f"{path}: {type(error).__name__}: {error}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    where = f"{path}:{lines[-1]}" if lines else str(path)
+    return f"{where}: {type(error).__name__}: {error}"

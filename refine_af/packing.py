@@ -96,3 +96,21 @@ def _fit(texts: Sequence[tuple[TokenIds, int]]) -> Rows:
         rows.places[text] = row, rows.used[row]
         rows.used[row] += size
     return rows
+
+
+def spread(sizes: Sequence[int], room: int, count: int) -> list[list[int]]:
+    """Items of each of `count` rows of so much room, or of more rows where they do not fit.
+
+    Largest first, each into the emptiest row, so that rows are filled alike.
+    """
+    rows: list[list[int]] = [[] for _ in range(count)]
+    left = [room] * count
+    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        row = max(range(len(rows)), key=left.__getitem__)
+        if left[row] < sizes[item]:
+            row = len(rows)
+            rows.append([])
+            left.append(room)
+        rows[row].append(item)
+        left[row] -= sizes[item]
+    return rows

@@ -9,7 +9,7 @@ import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import numpy as np
@@ -37,6 +37,7 @@ class OasstRewardModel:
         params: on `mesh`, as `gpt_neox.logical_axes`.
     """
 
+    published: ClassVar = "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5"
     config: GPTNeoXConfig
     params: Params
     tokenizer: PreTrainedTokenizerBase
@@ -102,6 +103,7 @@ class UniEval:
         answers: ids of the tokens Yes and No.
     """
 
+    published: ClassVar = "MingZhong/unieval-dialog"
     config: T5Config
     params: Params
     tokenizer: PreTrainedTokenizerBase

@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from refine_af import config as config_lib
 from refine_af import ppo, rollout, training
@@ -40,12 +40,16 @@ def optimizer(options: config_lib.Ppo) -> optax.GradientTransformation:
 
 
 class _Batch(NamedTuple):
-    """A rollout with all that its loss needs; every leaf has the rows first."""
+    """Rows of a rollout with all that their loss needs."""
 
-    rows: Rollout
-    reading: Reading
-    advantages: Float[Array, "B R"]
-    returns: Float[Array, "B R"]
+    tokens: Int[Array, "B T"]
+    start: Int[Array, "B T"]
+    columns: Int[Array, "B K"]
+    mask: Float[Array, "B K"]
+    logprobs: Float[Array, "B K"]
+    values: Float[Array, "B K"]
+    advantages: Float[Array, "B K"]
+    returns: Float[Array, "B K"]
 
 
 def make_update(
@@ -54,85 +58,127 @@ def make_update(
     """Jitted `update(base, state, rollout, reading, key)`; `state` is donated.
 
     All epochs, minibatches and microbatches are scans in one program. Each epoch draws a fresh
-    permutation. Losses are divided by the token count of their minibatch, over all devices.
+    permutation of the rows. Losses are divided by the token count of their minibatch, over all
+    devices.
     """
     tx = optimizer(options)
     temperature = options.sampling.temperature
+    value_coef = options.value_coef if options.estimator == "gae" else 0.0
+    clipped_loss = functools.partial(
+        ppo.policy_loss, clip_eps=options.clip_eps, dual_clip=options.dual_clip
+    )
 
     def loss_fn(base: Params, count: Array, params: Params, batch: _Batch) -> tuple[Array, Metrics]:
-        rows, reading, advantages, returns = batch
+        places = batch.tokens, batch.start, batch.columns
         hidden, logprobs, entropy = rollout.predictions(
-            policy,
-            base,
-            params["adapter"],
-            rows.tokens,
-            rows.start,
-            rows.mask.shape[1],
-            temperature,
-            remat=True,
+            policy, base, params["adapter"], *places, temperature, remat=options.remat
         )
         values = heads.value(params["value_head"], hidden)
-        surrogate = jax.vmap(ppo.policy_loss, in_axes=(0, 0, 0, 0, None))(
-            logprobs, reading.logprobs, advantages, rows.mask, options.clip_eps
-        )
+        surrogate = jax.vmap(clipped_loss)(logprobs, batch.logprobs, batch.advantages, batch.mask)
         critic = jax.vmap(ppo.value_loss, in_axes=(0, 0, 0, 0, None))(
-            values, reading.values, returns, rows.mask, options.value_clip_eps
+            values, batch.values, batch.returns, batch.mask, options.value_clip_eps
         )
         sums = {
             "policy_loss": jnp.sum(surrogate.loss) / count,
             "value_loss": jnp.sum(critic) / count,
-            "entropy": jnp.sum(entropy * rows.mask) / count,
+            "entropy": jnp.sum(entropy * batch.mask) / count,
             "clip_fraction": jnp.sum(surrogate.clipped) / count,
             "approx_kl": jnp.sum(surrogate.approx_kl) / count,
             "ratio_max": jnp.max(surrogate.ratio_max),
         }
-        loss = sums["policy_loss"] + options.value_coef * sums["value_loss"]
+        loss = sums["policy_loss"] + value_coef * sums["value_loss"]
         return loss - options.entropy_coef * sums["entropy"], sums
 
     def minibatch(
-        base: Params, batch: _Batch, state: TrainState, index: Array
-    ) -> tuple[TrainState, Metrics]:
+        base: Params, batch: _Batch, carry: tuple[TrainState, Array], index: Array
+    ) -> tuple[tuple[TrainState, Array], Metrics]:
+        state, moved = carry
         chosen = keep_rows_split(mesh, jax.tree.map(lambda x: x[index], batch))
-        count = jnp.maximum(jnp.sum(chosen.rows.mask), 1.0)
+        count = jnp.maximum(jnp.sum(chosen.mask), 1.0)
         grads, loss, sums = training.accumulate(
             functools.partial(loss_fn, base, count), state.params, chosen, options.num_microbatches
         )
-        state, norm = training.guarded_step(tx, state, grads)
-        return state, {**sums, "loss": loss, "grad_norm": norm}
+        new_state, norm = training.guarded_step(tx, state, grads)
+        if options.max_update_kl:
+            moved = sums["approx_kl"] > options.max_update_kl
+            new_state = jax.tree.map(lambda a, b: jnp.where(moved, a, b), state, new_state)
+        return (new_state, moved), {
+            **sums,
+            "loss": loss,
+            "grad_norm": norm,
+            "steps_taken": 1.0 - moved,
+        }
+
+    def unless_moved(run: Any, carry: tuple[TrainState, Array], index: Array) -> Any:
+        """The epochs end early where the policy has moved too far from the one that sampled."""
+        nothing = jax.tree.map(
+            lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(run, carry, index)[1]
+        )
+        return jax.lax.cond(carry[1], lambda: (carry, nothing), lambda: run(carry, index))
 
     def update(
         base: Params, state: TrainState, rows: Rollout, reading: Reading, key: Array
     ) -> tuple[TrainState, Metrics]:
         batch_size = rows.score.shape[0]
-        advantages, returns = estimate(rows, reading, state.kl_coef, options)
-        batch = _Batch(rows, reading, advantages, returns)
+        state = state._replace(scores=state.scores.add(rows.score))
+        advantages, returns = estimate(rows, reading, state, options)
+        numbers = reading.logprobs, reading.values, advantages, returns
+        places = rows.tokens, rows.start, rows.columns, rows.predicts
+        batch = _Batch(*places, *map(rows.of_predictions, numbers))
         keys = jax.random.split(key, options.num_epochs)
-        order = jax.vmap(lambda k: jax.random.permutation(k, batch_size))(keys)
+        empty = jnp.sum(rows.predicts, axis=1) == 0
+        order = jax.vmap(functools.partial(_dealt, empty, options.num_minibatches))(keys)
         order = order.reshape(options.num_epochs * options.num_minibatches, -1)
-        state, history = jax.lax.scan(functools.partial(minibatch, base, batch), state, order)
+        run = functools.partial(minibatch, base, batch)
+        if options.max_update_kl:
+            run = functools.partial(unless_moved, run)
+        (state, _), history = jax.lax.scan(run, (state, jnp.zeros((), bool)), order)
         kl = jnp.sum(ppo.kl_k1(reading.logprobs, reading.ref_logprobs) * rows.mask) / batch_size
         metrics = _summary(history, rows, reading, returns, state.kl_coef, kl)
-        coef = ppo.adapt_kl_coef(
-            state.kl_coef, kl, options.kl_target, options.kl_horizon, batch_size
-        )
-        return state._replace(step=state.step + 1, kl_coef=coef), metrics
+        if options.kl_controller == "adaptive":
+            coef = ppo.adapt_kl_coef(
+                state.kl_coef, kl, options.kl_target, options.kl_horizon, batch_size
+            )
+            state = state._replace(kl_coef=coef)
+        return state._replace(step=state.step + 1), metrics
 
     return jax.jit(update, donate_argnums=1)
 
 
+def _dealt(empty: Bool[Array, "B"], num_minibatches: int, key: Array) -> Int[Array, "M B/M"]:
+    """Rows of each minibatch: shuffled and dealt out, empty ones last, so that all have answers."""
+    order = jax.random.permutation(key, empty.shape[0])
+    order = order[jnp.argsort(empty[order], stable=True)]
+    return order.reshape(-1, num_minibatches).T
+
+
 def estimate(
-    rows: Rollout, reading: Reading, kl_coef: Array, options: config_lib.Ppo
-) -> tuple[Float[Array, "B R"], Float[Array, "B R"]]:
-    """(advantages, whitened over the whole batch if asked; returns) of a rollout."""
+    rows: Rollout, reading: Reading, state: TrainState, options: config_lib.Ppo
+) -> tuple[Float[Array, "N R"], Float[Array, "N R"]]:
+    """(advantages; returns, 0 without a critic) of a rollout.
+
+    With `rloo` and `grpo` every token of an answer has the advantage of its total reward, the KL
+    penalty included, among the answers to its prompt; GRPO's authors have the penalty in the loss.
+    """
+    scores = state.scores.scale(rows.score) if options.scale_scores else rows.score
     rewards = jax.vmap(ppo.shaped_rewards, in_axes=(0, 0, 0, 0, None))(
-        rows.score, reading.logprobs, reading.ref_logprobs, rows.mask, kl_coef
+        scores, reading.logprobs, reading.ref_logprobs, rows.mask, state.kl_coef
     )
+    if options.estimator != "gae":
+        totals = jnp.sum(rewards, axis=1).reshape(-1, options.group_size)
+        relative = jax.vmap(_OF_GROUPS[options.estimator])(totals).reshape(-1)
+        return relative[:, None] * rows.mask, jnp.zeros_like(rewards)
+    if options.whiten_rewards:
+        rewards = ppo.whiten(rewards, rows.mask, shift_mean=False)
     advantages, returns = jax.vmap(ppo.gae, in_axes=(0, 0, 0, None, None))(
         rewards, reading.values, rows.mask, options.gamma, options.gae_lambda
     )
     if options.whiten_advantages:
         advantages = ppo.whiten(advantages, rows.mask)
     return advantages, returns
+
+
+_OF_GROUPS = {"rloo": ppo.rloo, "grpo": ppo.grpo}
 
 
 def _summary(
@@ -152,8 +198,11 @@ def _summary(
         f"ppo/{name}": jnp.nanmax(x) if name.endswith("_max") else jnp.nanmean(x)
         for name, x in history.items()
     }
+    numbers = {"score": rows.score, **reading._asdict()}
     return {
         **steps,
+        **{f"nonfinite/{name}": jnp.sum(~jnp.isfinite(x)) * 1.0 for name, x in numbers.items()},
+        "ppo/steps_taken": jnp.nansum(history["steps_taken"]),
         "ppo/explained_variance": ppo.explained_variance(reading.values, returns, rows.mask),
         "kl/k1": kl,
         "kl/k3": jnp.sum(k3 * rows.mask) / rows.score.shape[0],

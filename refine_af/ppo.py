@@ -91,6 +91,53 @@ def whiten(
     return (scaled if shift_mean else scaled + mean) * mask
 
 
+def rloo(rewards: Float[Array, "G"]) -> Float[Array, "G"]:
+    """Each reward less the mean of the others (REINFORCE leave-one-out, arXiv 2402.14740, eq. 4).
+
+    Args:
+        rewards: of G >= 2 answers to one prompt, the KL penalty of the whole answer included.
+    """
+    count = rewards.shape[0]
+    return (rewards - jnp.mean(rewards)) * (count / (count - 1))
+
+
+def grpo(rewards: Float[Array, "G"]) -> Float[Array, "G"]:
+    """Each reward less the group's mean, over its deviation (GRPO, arXiv 2402.03300, sec. 4.1.2).
+
+    The deviation is the unbiased one, and 1e-4 is added to it.
+
+    Args:
+        rewards: of G >= 2 answers to one prompt.
+    """
+    return (rewards - jnp.mean(rewards)) / (jnp.std(rewards, ddof=1) + 1e-4)
+
+
+class Moments(NamedTuple):
+    """Of all numbers seen so far; float32 scalars."""
+
+    total: Float[Array, ""]  # of numbers
+    mean: Float[Array, ""]
+    squares: Float[Array, ""]  # sum of squared distances from the mean
+
+    def add(self, x: Float[Array, "N"]) -> "Moments":
+        """With N more numbers (Chan, Golub & LeVeque, 1979, eq. 2.1); all of them or, where one is
+        not finite, none.
+        """
+        total, mean = self.total + x.shape[0], jnp.mean(x)
+        apart = mean - self.mean
+        new = Moments(
+            total,
+            self.mean + apart * x.shape[0] / total,
+            self.squares + jnp.sum((x - mean) ** 2) + apart**2 * self.total * x.shape[0] / total,
+        )
+        finite = jnp.all(jnp.isfinite(x))
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, self)
+
+    def scale(self, x: Float[Array, "N"]) -> Float[Array, "N"]:
+        """`(x - mean) / deviation`."""
+        return (x - self.mean) * jax.lax.rsqrt(self.squares / jnp.maximum(self.total, 1.0) + 1e-8)
+
+
 class PolicyLoss(NamedTuple):
     """Sums over the masked tokens of one answer, float32 scalars but for `ratio_max`."""
 
@@ -106,6 +153,7 @@ def policy_loss(
     advantages: Float[Array, "T"],
     mask: Float[Array, "T"],
     clip_eps: float,
+    dual_clip: float = 0.0,
 ) -> PolicyLoss:
     """Clipped surrogate (arXiv 1707.06347, eq. 7), to be minimised.
 
@@ -115,14 +163,20 @@ def policy_loss(
         old_logprobs: of the policy that drew the tokens; constants, not recomputed with the
             current weights (the ratio would be 1 for ever).
         clip_eps: greater than 0.
+        dual_clip: c > 1 bounds the loss of a token with A < 0 by `-c A`, whatever its ratio (arXiv
+            1912.09729, eq. 5); 0: no bound.
     """
     log_ratio = jnp.clip(logprobs - old_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = jnp.exp(log_ratio)
     plain = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1.0 - clip_eps, 1.0 + clip_eps)
+    loss, active = jnp.maximum(plain, clipped), clipped > plain
+    if dual_clip:
+        bound = jnp.where(advantages < 0, -dual_clip * advantages, jnp.inf)
+        loss, active = jnp.minimum(loss, bound), active | (loss > bound)
     return PolicyLoss(
-        loss=jnp.sum(jnp.maximum(plain, clipped) * mask),
-        clipped=jnp.sum((clipped > plain) * mask),
+        loss=jnp.sum(loss * mask),
+        clipped=jnp.sum(active * mask),
         approx_kl=jnp.sum(0.5 * log_ratio**2 * mask),
         ratio_max=jnp.max(jnp.where(mask > 0, ratio, 0.0)),
     )

@@ -51,7 +51,10 @@ def parse_lines(lines: Iterable[str], path: Path, strings: Sequence[str] = ()) -
             raise ValueError(f"{path}:{number}: expected a JSON object")
         for name in strings:
             if not isinstance(row.get(name), str):
-                raise ValueError(f"{path}:{number}: {name!r} must be a string")
+                fault = (
+                    "must be a string" if name in row else f"is missing; the row has {list(row)}"
+                )
+                raise ValueError(f"{path}:{number}: {name!r} {fault}")
         rows.append(row)
     return rows
 

@@ -150,6 +150,11 @@ def combine(table: Mapping[str, np.ndarray], options: Reward) -> np.ndarray:
     """
     shaped = {name: _shaped(np.asarray(column), options) for name, column in table.items()}
     if WHOLE in shaped:
+        if options.others:
+            raise ValueError(
+                f"reward oracle gave {WHOLE!r}, which is the reward itself, so that reward.others "
+                "would count for nothing; leave it empty, or give the component another name"
+            )
         total = shaped[WHOLE]
     else:
         coefficients = _coefficients(table, options)
@@ -170,9 +175,15 @@ def _coefficients(table: Mapping[str, np.ndarray], options: Reward) -> dict[str,
         raise ValueError(f"reward: no component has a coefficient; the oracle gave {sorted(table)}")
     missing = [name for name in factors if name not in table]
     if missing:
+        remedy = (
+            f"take {missing} out of reward.others"
+            if set(missing) <= others.keys()
+            else "set it to 0, or give a component named 'reward'"
+        )
+        remedy += "" if others else ", or name what counts in reward.others"
         raise ValueError(
-            f"reward oracle gave {sorted(table)}, but {missing} (missing) have a coefficient; set "
-            "it to 0, name what counts in reward.others, or give a component named 'reward'"
+            f"reward oracle gave {sorted(table)}, but {missing} (missing) have a coefficient; "
+            f"{remedy}"
         )
     return factors
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from tensorboardX import SummaryWriter
 
 from refine_af import (
+    alarms,
     checkpoints,
     policy_update,
     ppo_evaluation,
@@ -21,19 +23,20 @@ from refine_af import (
     records,
     rewards,
     rollout,
+    rollout_metrics,
     tokens,
     training,
 )
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment, Reward
-from refine_af.mesh import shard_batch
+from refine_af.mesh import batch_parts, shard_batch
 from refine_af.models import heads
 from refine_af.models.transformer import Params
 from refine_af.progress import bar
 from refine_af.randomness import generator, key_of, seed_of
 from refine_af.records import Row
 from refine_af.requests import Completion, Request
-from refine_af.rollout import Reading, Rollout
+from refine_af.rollout import Layout, Reading, Rollout
 from refine_af.score_cache import CachedOracle
 from refine_af.seeds import SeedTask
 from refine_af.training import TrainState
@@ -41,6 +44,8 @@ from refine_af.training import TrainState
 CHECKPOINTS = "ppo/checkpoints"
 METRICS = "ppo/metrics.jsonl"
 ROLLOUTS = "ppo/rollouts.jsonl"
+ALARMS = "ppo/alarms.jsonl"
+_RECORDS = (METRICS, ROLLOUTS, ALARMS)
 SCORES = "ppo/scores.sqlite"  # what the oracle has said of answers
 _MAX_SKIPPED = 5  # optimizer steps with a gradient that is not finite
 
@@ -64,24 +69,21 @@ class RlafStage:
         batches = [self._requests(step) for step in range(options.num_steps)]
         measured = self._held_out_requests()
         asked = [*measured, *(request for batch, _ in batches for request in batch)]
-        length = tokens.bucket(max(len(request.prompt_ids) for request in asked))
+        layout = self._layout(max(len(request.prompt_ids) for request in asked))
         with checkpoints.open_manager(
             self.workdir / CHECKPOINTS, keep=options.keep_checkpoints
         ) as manager:
             first, state = checkpoints.restore_latest(manager, new_state(self.config, self.base))
-            paths = [self.workdir / METRICS, self.workdir / ROLLOUTS]
-            records.cut(paths, first, "step")
+            history = records.cut([self.workdir / name for name in _RECORDS], first, "step")[0]
             with (
                 SummaryWriter(str(self.workdir / "ppo"), purge_step=first) as writer,
                 bar("ppo", total=options.num_steps, unit="step", done=first) as progress,
             ):
                 for step in range(first, options.num_steps):
-                    state, metrics, rows = self._step(step, state, update, batches[step], length)
-                    training.check_skipped(state, _MAX_SKIPPED, f"ppo step {step}")
-                    records.append_rows(paths[1], rows)
-                    records.append_rows(paths[0], [{"step": step, **metrics}])
-                    for name, value in metrics.items():
-                        writer.add_scalar(name, value, step)
+                    state, metrics, rows = self._step(step, state, update, batches[step], layout)
+                    training.check_skipped(state, _MAX_SKIPPED, f"ppo step {step}", metrics)
+                    history.append({"step": step, **metrics})
+                    self._record(history, rows, writer)
                     if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.num_steps:
                         checkpoints.save(manager, step + 1, state)
                     progress.update()
@@ -91,20 +93,54 @@ class RlafStage:
                         tokens_per_second=f"{metrics['time/tokens_per_second']:.0f}",
                     )
         if measured:
-            self._evaluate(state, measured, length)
+            self._evaluate(state, measured, layout)
+
+    def _record(self, history: Sequence[Row], rows: Sequence[Row], writer: SummaryWriter) -> None:
+        """Write down the newest step, and tell of trouble that began with it."""
+        step = history[-1]["step"]
+        found = alarms.check(history, self.config.ppo)
+        for line in found:
+            logging.warning("ppo step %d: %s", step, line)
+        records.append_rows(
+            self.workdir / ALARMS, [{"step": step, "alarm": line} for line in found]
+        )
+        records.append_rows(self.workdir / ROLLOUTS, rows)
+        records.append_rows(self.workdir / METRICS, history[-1:])
+        for name, value in history[-1].items():
+            if name != "step":
+                writer.add_scalar(name, value, step)
+
+    def _layout(self, longest_prompt: int) -> Layout:
+        """Shape of the run's rollouts."""
+        options = self.config.ppo
+        most = options.sampling.max_new_tokens
+        return Layout(
+            row_length=tokens.bucket(max(longest_prompt + most, options.row_length)),
+            answer_length=most,
+            row_multiple=self._num_pieces * batch_parts(self.base.mesh),
+        )
+
+    @property
+    def _num_pieces(self) -> int:
+        return self.config.ppo.num_minibatches * self.config.ppo.num_microbatches
 
     def _requests(self, step: int) -> tuple[list[Request], list[str]]:
         """The step's prompts and their instructions: passes over shuffled instructions."""
         options = self.config.ppo
-        total = len(self.instructions)
+        total, group = len(self.instructions), options.group_size
         shown = prompts.demos(self.seeds, self.config.prompts)
         rng = generator(self.config.seed, "ppo/demos", step)
-        requests, chosen = [], []
+        requests: list[Request] = []
+        chosen: list[str] = []
         for row in range(options.batch_size):
-            index = step * options.batch_size + row
+            seed = seed_of(self.config.seed, "ppo/request", step, row)
+            if row % group:  # another answer to the same prompt
+                requests.append(dataclasses.replace(requests[-1], seed=seed))
+                chosen.append(chosen[-1])
+                continue
+            index = (step * options.batch_size + row) // group
             order = generator(self.config.seed, "ppo/order", index // total).permutation(total)
             instruction = self.instructions[order[index % total]]
-            seed = seed_of(self.config.seed, "ppo/request", step, row)
             requests.append(self._request(instruction, shown, rng, seed))
             chosen.append(instruction)
         return requests, chosen
@@ -132,7 +168,7 @@ class RlafStage:
         state: TrainState,
         update: Any,
         batch: tuple[list[Request], list[str]],
-        prompt_length: int,
+        layout: Layout,
     ) -> tuple[TrainState, dict[str, float], list[Row]]:
         requests, instructions = batch
         began = time.monotonic()
@@ -141,18 +177,20 @@ class RlafStage:
         examples, judgements = self._judge(instructions, completions, self.config.reward)
         scored = time.monotonic()
         scores = [j.reward for j in judgements]
-        rows, reading = self._read(state, requests, completions, scores, prompt_length)
+        rows, reading = self._read(state, requests, completions, scores, layout)
         key = key_of(self.config.seed, "ppo/permutation", step)
         state, metrics = update(self.base.params, state, rows, reading, key)
         figures = {name: float(value) for name, value in metrics.items()}
         done = time.monotonic()
-        figures |= _rollout_metrics(completions, judgements)
+        figures |= rollout_metrics.of(completions, judgements)
         figures["ppo/skipped"] = float(state.skipped)
+        figures["batch/padding_share"] = rollout.padding_share(requests, completions, rows)
         figures["drift/logprob_max"] = rollout.drift(completions, reading)
         figures |= {
             "time/sample": sampled - began,
             "time/score": scored - sampled,
             "time/update": done - scored,
+            "memory/peak_gib": rollout_metrics.peak_memory(),
             "time/tokens_per_second": sum(len(c.token_ids) for c in completions) / (done - began),
         }
         return state, figures, _answer_rows(step, instructions, completions, examples, judgements)
@@ -170,14 +208,11 @@ class RlafStage:
         requests: Sequence[Request],
         completions: Sequence[Completion],
         scores: Sequence[float],
-        prompt_length: int,
+        layout: Layout,
     ) -> tuple[Rollout, Reading]:
         """A batch of answers on the mesh, and what the models say of it."""
         options = self.config.ppo
-        rows = rollout.build(
-            requests, completions, scores, prompt_length, options.sampling.max_new_tokens
-        )
-        rows = shard_batch(self.base.mesh, rows)
+        rows = shard_batch(self.base.mesh, rollout.build(requests, completions, scores, layout))
         return rows, rollout.jit_read(
             self.base.adapted(options.lora),
             self.base.definition,
@@ -185,10 +220,10 @@ class RlafStage:
             state.params,
             rows,
             options.sampling.temperature,
-            options.num_minibatches * options.num_microbatches,
+            self._num_pieces,
         )
 
-    def _evaluate(self, state: TrainState, requests: list[Request], prompt_length: int) -> None:
+    def _evaluate(self, state: TrainState, requests: list[Request], layout: Layout) -> None:
         """Compare the answers to held-out instructions before and after training."""
         count = self.config.ppo.num_eval_samples
         instructions = [text for text in self.held_out for _ in range(count)]
@@ -203,7 +238,7 @@ class RlafStage:
             _, judgements = self._judge(instructions, completions, absolute)
             if arm == "before":
                 return completions, judgements, np.zeros(len(requests))
-            return completions, judgements, self._kl(state, requests, completions, prompt_length)
+            return completions, judgements, self._kl(state, requests, completions, layout)
 
         with progress:
             ppo_evaluation.compare(self.workdir, self.held_out, count, answer, self.config)
@@ -213,14 +248,14 @@ class RlafStage:
         state: TrainState,
         requests: Sequence[Request],
         completions: Sequence[Completion],
-        prompt_length: int,
+        layout: Layout,
     ) -> np.ndarray:
         """Log-ratio of policy and reference over each answer, in batches of training's shape."""
         size, found = self.config.ppo.batch_size, []
         for first in range(0, len(requests), size):
             some = np.resize(np.arange(first, min(first + size, len(requests))), size).tolist()
             chosen = [requests[i] for i in some], [completions[i] for i in some]
-            _, reading = self._read(state, *chosen, [0.0] * size, prompt_length)
+            _, reading = self._read(state, *chosen, [0.0] * size, layout)
             found.append(np.asarray(reading.logprobs - reading.ref_logprobs).sum(axis=1))
         return np.concatenate(found)[: len(requests)]
 
@@ -263,26 +298,6 @@ def new_state(config: Experiment, base: BaseModel) -> TrainState:
     optimizer = policy_update.optimizer(config.ppo)
     params = {"adapter": adapter, "value_head": head}
     return base.place_state(training.new_state(params, optimizer, config.ppo.kl_coef))
-
-
-def _rollout_metrics(
-    completions: Sequence[Completion], judgements: Sequence[rewards.Judgement]
-) -> dict[str, float]:
-    scores = np.asarray([j.reward for j in judgements])
-    lengths = np.asarray([len(c.token_ids) for c in completions])
-    readable = [j.components for j in judgements if j.components is not None]
-    means = {
-        f"reward/{name}": float(np.mean([c[name] for c in readable]))
-        for name in (readable[0] if readable else ())
-    }
-    return {
-        **means,
-        "reward/mean": float(scores.mean()),
-        "reward/std": float(scores.std()),
-        "reward/parsed_share": len(readable) / len(judgements),
-        "length/mean": float(lengths.mean()),
-        "length/eos_rate": float(np.mean([c.finish_reason == "stop" for c in completions])),
-    }
 
 
 def _answer_rows(

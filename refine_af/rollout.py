@@ -1,83 +1,135 @@
-"""A rollout: prompts, sampled answers and their rewards, as the arrays that PPO reads."""
+"""A rollout: prompts, sampled answers and their rewards, as the arrays that PPO reads.
+
+Prompts and answers are packed into rows, so that little is computed on padding. What the models
+say of a rollout is about *predictions*, the columns whose next token belongs to an answer; what PPO
+makes of it is about *answers*. Index arrays lead from one to the other.
+"""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from refine_af import logprobs, tokens
+from refine_af import logprobs, packing
 from refine_af.models import heads, transformer
 from refine_af.models.transformer import Definition, Params
 from refine_af.requests import Completion, Request
 
 
 class Rollout(NamedTuple):
-    """B answers; prompts padded on the left to P columns, answers on the right to R.
+    """N answers of at most R tokens, each behind its prompt, in B rows of T columns.
 
-    Answer token i stands in column P + i for every row, so the hidden states that predict answers
-    are the columns P-1 .. P+R-2 of the whole batch.
+    A row has at most K predictions. Rows at the end, and columns, may be empty.
     """
 
-    tokens: Int[Array, "B P+R"]
-    start: Int[Array, "B"]  # first real column
-    mask: Float[Array, "B R"]  # 1 on answer tokens, the end token included
-    score: Float[Array, "B"]  # reward of the answer, float32
+    tokens: Int[Array, "B T"]
+    start: Int[Array, "B T"]  # first column of the text that a token belongs to
+    columns: Int[Array, "B K"]  # predictions: the next column's token is one of an answer
+    predicts: Float[Array, "B K"]  # 1; 0 where a row has fewer
+    answer: Int[Array, "B K"]  # which of the N * R answer tokens is predicted
+    place: Int[Array, "N R"]  # which of the B * K predictions is of this token
+    mask: Float[Array, "N R"]  # 1 on answer tokens, the end token included
+    score: Float[Array, "N"]  # reward of the answer, float32
+
+    def of_answers(self, x: Float[Array, "B K"]) -> Float[Array, "N R"]:
+        """Something about predictions, answer by answer; 0 behind their ends."""
+        return jnp.where(self.mask > 0, x.reshape(-1)[self.place], 0.0)
+
+    def of_predictions(self, x: Float[Array, "N R"]) -> Float[Array, "B K"]:
+        """Something about answer tokens, row by row; 0 where nothing is predicted."""
+        return jnp.where(self.predicts > 0, x.reshape(-1)[self.answer], 0.0)
+
+
+class Layout(NamedTuple):
+    """Shape of all rollouts of a run."""
+
+    row_length: int  # T, at least the longest prompt and R
+    answer_length: int  # R
+    row_multiple: int  # number of rows is a multiple of this
 
 
 class Reading(NamedTuple):
     """What the policy, critic and reference say of a rollout before the update; constants."""
 
-    logprobs: Float[Array, "B R"]
-    values: Float[Array, "B R"]
-    ref_logprobs: Float[Array, "B R"]
+    logprobs: Float[Array, "N R"]
+    values: Float[Array, "N R"]
+    ref_logprobs: Float[Array, "N R"]
 
 
 def build(
     requests: Sequence[Request],
     completions: Sequence[Completion],
     scores: Sequence[float],
-    prompt_length: int,
-    answer_length: int,
+    layout: Layout,
 ) -> Rollout:
-    """Arrays of a rollout, not yet on the mesh."""
-    prompts, start = tokens.pad_left([r.prompt_ids for r in requests], prompt_length)
-    answers = tokens.pad_right([c.token_ids for c in completions], answer_length)
-    lengths = np.asarray([len(c.token_ids) for c in completions])
-    mask = np.arange(answer_length)[None] < lengths[:, None]
-    return Rollout(
-        tokens=jnp.asarray(np.concatenate([prompts, answers], axis=1)),
-        start=jnp.asarray(start),
-        mask=jnp.asarray(mask, jnp.float32),
-        score=jnp.asarray(scores, jnp.float32),
-    )
+    """Arrays of a rollout, on the host.
+
+    The number of rows is rounded up by an eighth or less, that of predictions a row by a half or
+    less, so that few programs are compiled.
+    """
+    counts = [len(completion.token_ids) for completion in completions]
+    sizes = [len(r.prompt_ids) + n for r, n in zip(requests, counts, strict=True)]
+    least = -(-sum(sizes) // layout.row_length)
+    step = layout.row_multiple
+    step *= max(packing.power_of_two(least // step + 1) // 8, 1)
+    packed = packing.spread(sizes, layout.row_length, -(-least // step) * step)
+    most = max(sum(counts[number] for number in texts) for texts in packed)
+    shape = -(-len(packed) // step) * step, packing.bucket(most)
+    ids, start = (np.zeros((shape[0], layout.row_length), np.int32) for _ in range(2))
+    columns, answer = (np.zeros(shape, np.int32) for _ in range(2))
+    predicts = np.zeros(shape, np.float32)
+    place = np.zeros((len(sizes), layout.answer_length), np.int32)
+    for row, texts in enumerate(packed):
+        first = known = 0
+        for number in texts:
+            size, count = sizes[number], counts[number]
+            text = [*requests[number].prompt_ids, *completions[number].token_ids]
+            ids[row, first : first + size] = text
+            start[row, first:] = first
+            span = slice(known, known + count)
+            columns[row, span] = np.arange(count) + first + size - count - 1
+            answer[row, span] = np.arange(count) + number * layout.answer_length
+            predicts[row, span] = 1.0
+            place[number, :count] = np.arange(count) + row * shape[1] + known
+            first, known = first + size, known + count
+    mask = np.arange(layout.answer_length)[None] < np.asarray(counts)[:, None]
+    answers = mask.astype(np.float32), np.asarray(scores, np.float32)
+    arrays: list[Any] = [ids, start, columns, predicts, answer, place, *answers]
+    return Rollout(*arrays)
+
+
+def padding_share(
+    requests: Sequence[Request], completions: Sequence[Completion], rows: Rollout
+) -> float:
+    """Share of the rows' columns that no text has."""
+    used = sum(len(r.prompt_ids) for r in requests) + sum(len(c.token_ids) for c in completions)
+    return 1.0 - used / rows.tokens.size
 
 
 def predictions(
     definition: Definition,
     base: Params,
     adapter: Params | None,
-    batch_tokens: Int[Array, "B P+R"],
-    start: Int[Array, "B"],
-    answer_length: int,
+    batch_tokens: Int[Array, "B T"],
+    start: Int[Array, "B T"],
+    columns: Int[Array, "B K"],
     temperature: float,
     *,
-    remat: bool = False,
-) -> tuple[Float[Array, "B R D"], Float[Array, "B R"], Float[Array, "B R"]]:
-    """(hidden states that predict the answers, log-probabilities of the answers, entropy).
+    remat: str = "none",
+) -> tuple[Float[Array, "B K D"], Float[Array, "B K"], Float[Array, "B K"]]:
+    """(hidden states at `columns`, log-probabilities of the tokens after them, entropy).
 
     The distribution is `softmax(logits / temperature)` for every caller: policy, reference and
     update agree with the sampler on what it is.
     """
     model = transformer.bind(definition, base, adapter)
     hidden, _ = model(batch_tokens, start, remat=remat)
-    hidden = hidden[:, -answer_length - 1 : -1]
-    chosen, entropy = logprobs.of_targets(
-        model, hidden, batch_tokens[:, -answer_length:], temperature
-    )
-    return hidden, chosen, entropy
+    hidden = jnp.take_along_axis(hidden, columns[..., None], axis=1)
+    targets = jnp.take_along_axis(batch_tokens, columns + 1, axis=1)
+    return hidden, *logprobs.of_targets(model, hidden, targets, temperature)
 
 
 def read(
@@ -93,23 +145,20 @@ def read(
 
     The reference is the same base with its adapter off.
     """
-    length = rollout.mask.shape[1]
 
-    def piece(rows: tuple[Array, Array]) -> Reading:
-        hidden, chosen, _ = predictions(
-            policy, base, trainable["adapter"], *rows, length, temperature
-        )
+    def piece(rows: tuple[Array, Array, Array]) -> Reading:
+        hidden, chosen, _ = predictions(policy, base, trainable["adapter"], *rows, temperature)
         values = heads.value(trainable["value_head"], hidden)
-        _, ref, _ = predictions(reference, base, None, *rows, length, temperature)
+        _, ref, _ = predictions(reference, base, None, *rows, temperature)
         return Reading(chosen, values, ref)
 
     cut = jax.tree.map(
         lambda x: x.reshape(-1, num_pieces, *x.shape[1:]).swapaxes(0, 1),
-        (rollout.tokens, rollout.start),
+        (rollout.tokens, rollout.start, rollout.columns),
     )
     reading = jax.lax.map(piece, cut)
-    masked = rollout.mask
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(masked.shape) * masked, reading)
+    shape = rollout.columns.shape
+    return jax.tree.map(lambda x: rollout.of_answers(x.swapaxes(0, 1).reshape(shape)), reading)
 
 
 def drift(completions: Sequence[Completion], reading: Reading) -> float:

@@ -114,7 +114,7 @@ def logits(
     rows: Int[Array, "N"],
     columns: Int[Array, "N"],
     *,
-    remat: bool = False,
+    remat: str = "none",
 ) -> Float[Array, "N 4"]:
     """What the heads say of N texts whose last tokens stand in these rows and columns."""
     model = transformer.bind(definition, base, params["adapter"])

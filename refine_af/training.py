@@ -1,12 +1,14 @@
 """What PPO and fine-tuning share: the train state, accumulated gradients, a guarded step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
+
+from refine_af import ppo
 
 Tree = Any
 # (params, microbatch) -> (sum of losses / global count, dict of sums to be added up)
@@ -19,7 +21,8 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]  # rollouts (PPO) or optimizer steps (SFT) done
     params: Tree  # trainable, float32: {"adapter": ..., "value_head": ...}
     opt_state: Tree
-    kl_coef: Float[Array, ""]  # of the adaptive controller; unused (0) in fine-tuning
+    kl_coef: Float[Array, ""]  # of the controller; unused (0) in fine-tuning
+    scores: ppo.Moments  # of all rewards so far; unused (empty) in fine-tuning
     skipped: Int[Array, ""]  # steps dropped in a row because a gradient was not finite
 
 
@@ -30,6 +33,7 @@ def new_state(params: Tree, optimizer: optax.GradientTransformation, kl_coef: fl
         params=params,
         opt_state=optimizer.init(params),
         kl_coef=jnp.asarray(kl_coef, jnp.float32),
+        scores=ppo.Moments(*jnp.zeros(3, jnp.float32)),
         skipped=jnp.zeros((), jnp.int32),
     )
 
@@ -88,16 +92,25 @@ def guarded_step(
     ), norm
 
 
-def check_skipped(state: TrainState, limit: int, where: str) -> None:
+def check_skipped(
+    state: TrainState, limit: int, where: str, figures: Mapping[str, float] | None = None
+) -> None:
     """Stop a run whose gradients are not finite any more.
+
+    Args:
+        figures: of the step; those named `nonfinite/NAME` count such values of a quantity.
 
     Raises:
         ValueError: more than `limit` steps in a row have been skipped.
     """
     skipped = int(state.skipped)
-    if skipped > limit:
-        raise ValueError(
-            f"{where}: {skipped} steps in a row had a gradient that is not finite "
-            f"(limit {limit}); lower "
-            "the learning rate or use float32"
-        )
+    if skipped <= limit:
+        return
+    found = [
+        k.partition("/")[2] for k, n in (figures or {}).items() if k[:10] == "nonfinite/" and n
+    ]
+    fault = f"; not finite before it: {', '.join(found)}" if found else ""
+    raise ValueError(
+        f"{where}: {skipped} steps in a row had a gradient that is not finite (limit {limit})"
+        f"{fault}; lower the learning rate or use float32"
+    )

@@ -152,19 +152,44 @@ def test_a_file_that_cannot_be_read_is_named_with_the_line(
 
 
 @pytest.mark.parametrize(
-    ("command", "row", "field"),
+    ("command", "row", "fault"),
     [
-        ("score --config=tiny --examples", {"instruction": "a", "input": "b"}, "output"),
-        ("score --config=tiny --examples", {"instruction": 1}, "instruction"),
-        ("evaluate --predictions", {"id": "a"}, "prediction"),
+        (
+            "score --config=tiny --examples",
+            {"instruction": "a", "input": "b"},
+            "'output' is missing; the row has ['instruction', 'input']",
+        ),
+        (
+            "score --config=tiny --examples",
+            {"instruction": 1},
+            "'instruction' must be a string",
+        ),
+        ("evaluate --predictions", {"id": "a"}, "'prediction' is missing; the row has ['id']"),
     ],
 )
 def test_a_row_that_lacks_a_string_is_named(
-    command: str, row: dict[str, Any], field: str, program: Program, tmp_path: Path
+    command: str, row: dict[str, Any], fault: str, program: Program, tmp_path: Path
 ) -> None:
     path = jsonl(tmp_path / "rows", row)
     result = program(*command.split(), str(path), f"--output={tmp_path / 'out'}")
-    assert result == refused(f"{path}:1: {field!r} must be a string")
+    assert result == refused(f"{path}:1: {fault}")
+
+
+def test_a_typo_in_the_oracle_shows_before_the_first_stage(
+    program: Program, tmp_path: Path
+) -> None:
+    oracle = "--config.reward.oracle=trained:nowhere"
+    for name in ("pipeline", "generate_instructions"):
+        result = program(name, "--config=tiny", f"--workdir={tmp_path / 'run'}", oracle)
+        assert (result.code, result.out) == (2, "")
+        assert result.err.startswith("error: oracle 'nowhere': expected a directory")
+    assert not (tmp_path / "run").exists()
+
+
+def test_scores_are_written_to_a_file(program: Program, tmp_path: Path) -> None:
+    rows = jsonl(tmp_path / "rows", {"instruction": "a", "input": "", "output": "b"})
+    result = program("score", "--config=tiny", f"--examples={rows}", f"--output={tmp_path}")
+    assert result == refused(f"--output={tmp_path}: is a directory; expected a file to write")
 
 
 def test_rows_may_hold_any_line_break_but_a_newline_and_begin_with_a_mark(tmp_path: Path) -> None:
@@ -281,7 +306,7 @@ def test_score_asks_a_function_of_the_user(program: Program, tmp_path: Path) -> 
     assert result.code == 2
     assert result.err.splitlines()[-1] == (
         "error: reward oracle failed on the instruction 'Sing.' with the output 'la la ': "
-        "ZeroDivisionError: division by zero"
+        f"{mine}:2: ZeroDivisionError: division by zero"
     )
 
 

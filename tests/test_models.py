@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.transformer import Definition, Params, define
 
 SEQUENCE = 3 * WINDOW
+WIDE = dataclasses.replace(LLAMA, embed_dim=64, hidden_dim=256, num_layers=4)
 LORA = LoraConfig(rank=3, alpha=6.0, pattern="q|v|down")
 
 
@@ -30,7 +32,7 @@ def logits_of(
     start: jax.Array | None = None,
     adapter: Params | None = None,
     *,
-    remat: bool = False,
+    remat: str = "none",
 ) -> jax.Array:
     """Logits [B, T, V] of whole sequences, without a cache."""
     model = transformer.bind(definition, base, adapter)
@@ -87,7 +89,7 @@ def test_stacked_and_unstacked_layers_agree(config: ModelConfig) -> None:
 
 @functools.partial(jax.jit, static_argnums=(1, 3))
 @jax.grad
-def gradient(params: Params, config: ModelConfig, ids: jax.Array, remat: bool = False) -> jax.Array:
+def gradient(params: Params, config: ModelConfig, ids: jax.Array, remat: str = "none") -> jax.Array:
     """Of the mean cross-entropy with respect to all parameters."""
     logits = logits_of(define(config), params, ids, remat=remat)
     logprobs = jax.nn.log_softmax(logits[:, :-1])
@@ -96,16 +98,32 @@ def gradient(params: Params, config: ModelConfig, ids: jax.Array, remat: bool = 
 
 def test_remat_recomputes_layers() -> None:
     """Otherwise the next test would compare a program with itself."""
-    for remat in (False, True):
+    remat: str
+    for remat in ("none", "cheap", "full"):
         forward = functools.partial(logits_of, define(LLAMA), remat=remat)
-        program = jax.make_jaxpr(forward)(random_params(LLAMA), random_tokens(1, 4))
-        assert ("checkpoint" in str(program) or "remat" in str(program)) == remat
+        program = str(jax.make_jaxpr(forward)(random_params(LLAMA), random_tokens(1, 4)))
+        assert ("checkpoint[" in program or "remat" in program) == (remat != "none")
 
 
-def test_remat_changes_no_gradient() -> None:
+def test_remat_keeps_less_and_computes_more() -> None:
+    """The cheap one keeps the products, which are most of the operations."""
+
+    def compiled(remat: str) -> Any:
+        shapes = jax.eval_shape(lambda: transformer.init(WIDE, key=jax.random.key(0))[0])
+        return gradient.lower(shapes, WIDE, random_tokens(4, 64), remat).compile()
+
+    programs = [compiled(remat) for remat in ("none", "cheap", "full")]
+    none, cheap, full = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert none > cheap > full
+    of_none, of_cheap, of_full = (program.cost_analysis()["flops"] for program in programs)
+    assert of_cheap - of_none < 0.3 * (of_full - of_none)
+
+
+@pytest.mark.parametrize("remat", ["cheap", "full"])
+def test_remat_changes_no_gradient(remat: str) -> None:
     ids, params = random_tokens(2, SEQUENCE), random_params(LLAMA)
-    plain, remat = (gradient(params, LLAMA, ids, remat) for remat in (False, True))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5), remat, plain)
+    plain, again = (gradient(params, LLAMA, ids, kind) for kind in ("none", remat))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-5), again, plain)
 
 
 def test_logits_are_float32_in_a_bfloat16_model() -> None:

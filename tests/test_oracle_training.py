@@ -288,10 +288,15 @@ def test_an_interrupted_run_leaves_nothing(
     assert result.err == "\nstopped; nothing was written\n"
 
 
+def test_a_floor_needs_an_oracle_to_measure(program: Program, tmp_path: Path) -> None:
+    result = program(*SMALL, "--at_least=0.9", f"--output={tmp_path / 'oracle'}")
+    assert result == refused("--at_least: needs --evaluate, the oracle to measure")
+
+
 def test_a_bad_preference_is_named(program: Program, tmp_path: Path) -> None:
     file = jsonl(tmp_path / "rows", {"prompt": "p", "chosen": "a"})
     result = program(*SMALL, f"--preferences={file}", f"--output={tmp_path / 'oracle'}")
-    assert result == refused(f"{file}:1: 'rejected' must be a string")
+    assert result == refused(f"{file}:1: 'rejected' is missing; the row has ['prompt', 'chosen']")
 
 
 def test_preferences_that_teach_nothing_or_tell_a_secret_are_left_out() -> None:

@@ -54,8 +54,11 @@ def test_a_function_may_give_components_or_the_reward_itself(tmp_path: Path) -> 
     [
         ("def other(examples): pass", r"r\.py: no function 'score'; it has \['other'\]"),
         ("score = 1", "no function 'score'"),
-        ("from oracle_beside import nothing", "r.py: ImportError: cannot import name 'nothing'"),
-        ("import nothing_of_the_kind", "r.py: ModuleNotFoundError: No module named 'nothing"),
+        (
+            "from oracle_beside import nothing",
+            r"r\.py:1: ImportError: cannot import name 'nothing'",
+        ),
+        ("import nothing_of_the_kind", r"r\.py:1: ModuleNotFoundError: No module named 'nothing"),
         ("def score(", "r.py: SyntaxError"),
     ],
 )
@@ -86,6 +89,26 @@ def test_unknown_names_are_refused() -> None:
         load("rule")
     with pytest.raises(ValueError, match="rules take no argument"):
         load("rules:strict")
+    with pytest.raises(ValueError, match=r"download MingZhong/unieval-dialog and give its dir"):
+        load("unieval")
+
+
+def test_check_finds_a_typo_and_reads_no_model() -> None:
+    config = tiny.get_config()
+    oracles.check(config)
+    wrong = dataclasses.replace(config.reward, oracle="rules,trianed:here")
+    with pytest.raises(ValueError, match="did you mean 'trained'"):
+        oracles.check(dataclasses.replace(config, reward=wrong))
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"), [("1 / 0", "ZeroDivisionError: division by zero"), ("exit(3)", "SystemExit")]
+)
+def test_a_fault_in_a_function_has_its_line(tmp_path: Path, line: str, fault: str) -> None:
+    text = f"def helper():\n    {line}\n\ndef score(examples):\n    helper()\n"
+    oracle = load(write(tmp_path / "r.py", text))
+    with pytest.raises(ValueError, match=rf"'Sing\.' .*r\.py:2: {fault}"):
+        rewards.components(oracle, EXAMPLES)
 
 
 def test_joined_oracles_give_all_components_once(tmp_path: Path) -> None:

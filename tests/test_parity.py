@@ -91,7 +91,7 @@ def test_logits_agree(model: Model) -> None:
 def gradient(params: Params, config: ModelConfig, ids: jax.Array) -> jax.Array:
     """Of the mean cross-entropy with respect to all parameters."""
     module = transformer.bind(define(config), params)
-    hidden, _ = module(ids, jnp.zeros(ids.shape[:1], jnp.int32), remat=True)
+    hidden, _ = module(ids, jnp.zeros(ids.shape[:1], jnp.int32), remat="full")
     logprobs = jax.nn.log_softmax(module.logits(hidden)[:, :-1])
     return -jnp.take_along_axis(logprobs, ids[:, 1:, None], axis=-1).mean()
 

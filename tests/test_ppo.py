@@ -246,6 +246,56 @@ def test_the_controller_moves_in_proportion_and_at_most_a_fifth(kl: float, facto
     assert float(coef) == pytest.approx(0.1 * factor, rel=1e-6)
 
 
+def test_leave_one_out_by_hand() -> None:
+    rewards = jnp.asarray([1.0, 2.0, 6.0])
+    np.testing.assert_allclose(ppo.rloo(rewards), [1 - 4, 2 - 3.5, 6 - 1.5], rtol=1e-6)
+    np.testing.assert_allclose(ppo.rloo(jnp.asarray([3.0, 5.0])), [-2, 2])
+
+
+def test_group_relative_rewards_by_hand() -> None:
+    rewards = jnp.asarray([1.0, 2.0, 6.0])  # mean 3, squared distances 4, 1, 9
+    expected = np.asarray([-2, -1, 3]) / (7**0.5 + 1e-4)
+    np.testing.assert_allclose(ppo.grpo(rewards), expected, rtol=1e-6)
+    np.testing.assert_array_equal(ppo.grpo(jnp.full((4,), 2.5)), np.zeros(4))
+
+
+def test_moments_are_those_of_all_numbers() -> None:
+    numbers = np.random.default_rng(0).normal(3, 2, size=(4, 5)).astype(np.float32)
+    moments = ppo.Moments(*jnp.zeros(3))
+    for some in numbers:
+        moments = moments.add(jnp.asarray(some))
+    assert float(moments.total) == 20
+    assert float(moments.mean) == pytest.approx(numbers.mean(), rel=1e-6)
+    scaled = moments.scale(jnp.asarray(numbers[0]))
+    np.testing.assert_allclose(scaled, (numbers[0] - numbers.mean()) / numbers.std(), rtol=1e-5)
+
+
+def test_moments_ignore_numbers_that_are_not_finite() -> None:
+    moments = ppo.Moments(*jnp.zeros(3)).add(jnp.asarray([1.0, 3.0]))
+    for x, y in zip(moments.add(jnp.asarray([2.0, jnp.inf])), moments, strict=True):
+        assert float(x) == float(y)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "clipped"),
+    [
+        (10.0, -1.0, 3.0, 1),  # bounded
+        (2.0, -1.0, 2.0, 0),  # below the bound
+        (0.5, -1.0, 0.8, 1),  # clipped as ever
+        (10.0, 1.0, -1.2, 1),  # no bound on good tokens
+    ],
+)
+def test_the_dual_clip_bounds_what_a_bad_token_costs(
+    ratio: float, advantage: float, loss: float, clipped: int
+) -> None:
+    one = jnp.ones(1)
+    found = ppo.policy_loss(
+        jnp.log(one * ratio), one * 0, one * advantage, one, clip_eps=0.2, dual_clip=3.0
+    )
+    assert float(found.loss) == pytest.approx(loss, rel=1e-6)
+    assert int(found.clipped) == clipped
+
+
 def test_explained_variance_of_perfect_useless_and_wrong_critics() -> None:
     """A constant explains nothing; a critic of the opposite sign leaves four times the variance."""
     returns, mask = batch()

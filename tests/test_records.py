@@ -63,10 +63,13 @@ def test_a_blank_line_is_skipped_and_counted(tmp_path: Path) -> None:
         records.read_rows(path)
 
 
-@pytest.mark.parametrize("row", ['{"text": 1}', "{}"])
-def test_a_row_without_a_string_that_it_must_have_is_refused(row: str) -> None:
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [('{"text": 1}', "must be a string"), ('{"a": 1}', r"is missing; the row has \['a'\]")],
+)
+def test_a_row_without_a_string_that_it_must_have_is_refused(row: str, fault: str) -> None:
     lines = ['{"text": "good"}', row]
-    with pytest.raises(ValueError, match=r"^rows\.jsonl:2: 'text' must be a string$"):
+    with pytest.raises(ValueError, match=rf"^rows\.jsonl:2: 'text' {fault}$"):
         records.parse_lines(lines, Path("rows.jsonl"), strings=["text"])
     assert records.parse_lines(lines[:1], Path("rows.jsonl"), strings=["text"])
 

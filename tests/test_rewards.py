@@ -125,6 +125,16 @@ def test_a_component_named_reward_is_the_reward() -> None:
     np.testing.assert_array_equal(rewards.combine(table, Reward()), table["reward"])
 
 
+def test_others_beside_a_whole_reward_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"reward\.others would count for nothing"):
+        rewards.combine({"reward": np.ones(1), "a": np.ones(1)}, Reward(others=("a=1",)))
+
+
+def test_one_of_the_others_that_is_missing_is_to_be_taken_out() -> None:
+    with pytest.raises(ValueError, match=r"take \['long'\] out of reward\.others$"):
+        rewards.combine({"good": np.ones(1)}, Reward(others=("good=1", "long=1")))
+
+
 def test_components_are_normalised_over_the_batch_then_clipped_then_summed() -> None:
     """good: mean 3, deviation sqrt(3.5); long: mean 2, deviation 2, so -1 -1 1 1."""
     options = Reward(others=("good=1", "long=1"), bias=0.0, normalise="batch")
