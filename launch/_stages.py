@@ -5,7 +5,7 @@ from pathlib import Path
 
 from absl.flags import FlagHolder
 
-from refine_af import oracles, pipeline
+from refine_af import oracles, pipeline, rlaf
 from refine_af.launch import flags
 
 
@@ -13,7 +13,8 @@ def run(names: Sequence[str], workdir: "FlagHolder[str | None]", force: "FlagHol
     """Run the named stages one after another in `--workdir`."""
     directory = Path(flags.require(workdir)).expanduser()
     config = flags.experiment()
-    if {"generate_instructions", "train_ppo"} & set(names):
+    will_score = {"generate_instructions", "train_ppo"} & set(names)
+    if will_score and not rlaf.finished(config, directory):
         oracles.check(config)
     pipeline.claim(config, directory, force=force.value)
     job = pipeline.Run(config, directory)

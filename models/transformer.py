@@ -83,7 +83,7 @@ class Transformer(nnx.Module):
                 layers.
             offset: number of prefix tokens before each text (or each token's): all of them or 0.
             remat: what the backward pass computes again: `none` of a layer, `full`, all of it, or
-                `cheap`, all but its matrix products.
+                `cheap`, all but its linear maps.
         """
         end = jnp.zeros((), jnp.int32) if cache is None else cache.end
         columns = end + jnp.arange(tokens.shape[1], dtype=jnp.int32)

@@ -16,7 +16,8 @@ from typing import Any
 DTYPES = ("float32", "bfloat16")
 PROMPT_FORMATS = ("raw", "chat")  # as it is; as the user's turn of a chat
 SFT_FORMATS = ("alpaca", "chat")
-REMATS = ("none", "cheap", "full")  # of a layer, computed again backward: nothing, all but products
+# What the backward pass computes again of a layer: nothing, all but linear maps, all.
+REMATS = ("none", "cheap", "full")
 ESTIMATORS = ("gae", "rloo", "grpo")
 KL_CONTROLLERS = ("adaptive", "fixed")
 NORMALISATIONS = ("none", "batch")  # as they are; mean 0 and deviation 1 over the batch's answers
@@ -217,25 +218,25 @@ class Ppo:
     num_minibatches: int  # optimizer steps an epoch
     num_microbatches: int  # a minibatch is cut into so many to save memory; changes no number
     remat: str = "full"  # one of REMATS
-    row_length: int = 0  # columns that texts are packed into; at least the longest text's
+    row_length: int = 0  # columns that texts are packed into; the longest text's where that is more
     learning_rate: float
     warmup_steps: int  # optimizer steps of linear warm-up; linear decay to 0 afterwards
     max_grad_norm: float = 1.0
     adam_eps: float = 1e-5
-    gamma: float = 1.0
+    gamma: float = 1.0  # of gae
     gae_lambda: float = 0.95
     clip_eps: float = 0.2
     dual_clip: float = 0.0  # most that a bad token counts, in advantages; above 1, or 0: no limit
     max_update_kl: float = 0.0  # no more optimizer steps once one moved so far; 0: no limit
     value_clip_eps: float = 0.2
-    value_coef: float = 0.1
+    value_coef: float = 0.1  # of gae
     entropy_coef: float = 0.0
     kl_coef: float = 0.1  # at the start
     kl_controller: str = "adaptive"  # one of KL_CONTROLLERS
     kl_target: float = 6.0  # summed over an answer, nats; of the adaptive controller
     kl_horizon: int = 10_000  # answers
     scale_scores: bool = False  # to mean 0 and deviation 1 over all rollouts so far
-    whiten_rewards: bool = False  # per-token rewards to deviation 1 over the rollout; mean kept
+    whiten_rewards: bool = False  # of gae: token rewards to deviation 1 in a rollout, mean kept
     whiten_advantages: bool = True  # of gae
     checkpoint_every: int  # steps
     keep_checkpoints: int = 2
@@ -261,6 +262,10 @@ class Ppo:
             self.group_size >= least and self.batch_size % self.group_size == 0,
             f"ppo.group_size={self.group_size}: expected a divisor of batch_size="
             f"{self.batch_size}, at least {least} for {self.estimator}",
+        )
+        require(
+            self.estimator == "gae" or not self.whiten_rewards,
+            f"ppo.whiten_rewards=True: {self.estimator} has no token rewards",
         )
         require(
             self.dual_clip == 0 or self.dual_clip > 1,

@@ -28,10 +28,12 @@ def of_targets(
 
     The distribution is `softmax(logits / temperature)`. Computed for about 256 positions at a time,
     some columns of every row, so that rows stay on the devices that hold them; and for blocks of
-    the vocabulary, in both directions: peak memory grows with neither.
+    the vocabulary (all of it at once where it has no divisor), in both directions: peak memory
+    grows with neither.
     """
     batch, length, dim = hidden.shape
     columns = max(_POSITIONS // batch, 1)
+    columns = -(-length // -(-length // columns))  # of equal pieces, little is padding
     padding = -length % columns
     padded = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     wanted = jnp.pad(targets, ((0, 0), (0, padding)))

@@ -72,6 +72,8 @@ class Joined:
 def check(config: Experiment) -> None:
     """Find what the config's oracles are without reading a model: a run is old when it scores.
 
+    A user's file is run for it. Whether there is the model of `judge:MODEL` shows later.
+
     Raises:
         ValueError: there is no such oracle, or a file of it is missing.
     """
@@ -230,6 +232,7 @@ def _fault(error: BaseException, path: Path) -> str:
     if isinstance(error, SyntaxError):
         return f"{path}: {type(error).__name__}: {error}"
     frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+    mine = path.resolve()
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == mine]
     where = f"{path}:{lines[-1]}" if lines else str(path)
     return f"{where}: {type(error).__name__}: {error}"

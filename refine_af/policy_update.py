@@ -106,14 +106,15 @@ def make_update(
             **sums,
             "loss": loss,
             "grad_norm": norm,
-            "steps_taken": 1.0 - moved,
+            "ran": jnp.ones(()),
+            "taken": jnp.where(jnp.isfinite(norm) & ~moved, 1.0, 0.0),
+            "skipped": jnp.where(jnp.isfinite(norm), 0.0, 1.0),
         }
 
     def unless_moved(run: Any, carry: tuple[TrainState, Array], index: Array) -> Any:
         """The epochs end early where the policy has moved too far from the one that sampled."""
-        nothing = jax.tree.map(
-            lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(run, carry, index)[1]
-        )
+        shapes = jax.eval_shape(run, carry, index)[1]
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.cond(carry[1], lambda: (carry, nothing), lambda: run(carry, index))
 
     def update(
@@ -134,7 +135,12 @@ def make_update(
             run = functools.partial(unless_moved, run)
         (state, _), history = jax.lax.scan(run, (state, jnp.zeros((), bool)), order)
         kl = jnp.sum(ppo.kl_k1(reading.logprobs, reading.ref_logprobs) * rows.mask) / batch_size
-        metrics = _summary(history, rows, reading, returns, state.kl_coef, kl)
+        metrics = _summary(history, rows, reading, state.kl_coef, kl)
+        if options.estimator == "gae":
+            explained = ppo.explained_variance(reading.values, returns, rows.mask)
+            metrics["ppo/explained_variance"] = explained
+        else:
+            del metrics["ppo/value_loss"]
         if options.kl_controller == "adaptive":
             coef = ppo.adapt_kl_coef(
                 state.kl_coef, kl, options.kl_target, options.kl_horizon, batch_size
@@ -182,28 +188,28 @@ _OF_GROUPS = {"rloo": ppo.rloo, "grpo": ppo.grpo}
 
 
 def _summary(
-    history: Metrics,
-    rows: Rollout,
-    reading: Reading,
-    returns: Array,
-    kl_coef: Array,
-    kl: Array,
+    history: Metrics, rows: Rollout, reading: Reading, kl_coef: Array, kl: Array
 ) -> Metrics:
     """Means over the optimizer steps (the maximum for `ratio_max`), and figures of the rollout.
 
-    KL is summed over an answer and averaged over answers, in nats.
+    A figure that was not finite at one step is not finite here. KL is summed over an answer and
+    averaged over answers, in nats.
     """
     k3 = ppo.kl_k3(reading.logprobs, reading.ref_logprobs)
+    ran, taken, skipped = (history[name] for name in ("ran", "taken", "skipped"))
     steps = {
-        f"ppo/{name}": jnp.nanmax(x) if name.endswith("_max") else jnp.nanmean(x)
+        f"ppo/{name}": jnp.max(jnp.where(ran > 0, x, 0.0))
+        if name.endswith("_max")
+        else jnp.sum(x) / jnp.sum(ran)
         for name, x in history.items()
+        if name not in ("ran", "taken", "skipped")
     }
     numbers = {"score": rows.score, **reading._asdict()}
     return {
         **steps,
         **{f"nonfinite/{name}": jnp.sum(~jnp.isfinite(x)) * 1.0 for name, x in numbers.items()},
-        "ppo/steps_taken": jnp.nansum(history["steps_taken"]),
-        "ppo/explained_variance": ppo.explained_variance(reading.values, returns, rows.mask),
+        "ppo/steps_taken": jnp.sum(taken),
+        "ppo/steps_skipped": jnp.sum(skipped),
         "kl/k1": kl,
         "kl/k3": jnp.sum(k3 * rows.mask) / rows.score.shape[0],
         "kl/coef": kl_coef,

@@ -250,7 +250,7 @@ class RlafStage:
         completions: Sequence[Completion],
         layout: Layout,
     ) -> np.ndarray:
-        """Log-ratio of policy and reference over each answer, in batches of training's shape."""
+        """Log-ratio of policy and reference over each answer, a rollout's worth at a time."""
         size, found = self.config.ppo.batch_size, []
         for first in range(0, len(requests), size):
             some = np.resize(np.arange(first, min(first + size, len(requests))), size).tolist()

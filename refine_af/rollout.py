@@ -67,8 +67,8 @@ def build(
 ) -> Rollout:
     """Arrays of a rollout, on the host.
 
-    The number of rows is rounded up by an eighth or less, that of predictions a row by a half or
-    less, so that few programs are compiled.
+    So that few programs are compiled, the number of rows is rounded up to a multiple of
+    `row_multiple`, and many rows by a quarter or less; that of predictions a row by a half or less.
     """
     counts = [len(completion.token_ids) for completion in completions]
     sizes = [len(r.prompt_ids) + n for r, n in zip(requests, counts, strict=True)]

@@ -107,7 +107,7 @@ def check_skipped(
     if skipped <= limit:
         return
     found = [
-        k.partition("/")[2] for k, n in (figures or {}).items() if k[:10] == "nonfinite/" and n
+        k.partition("/")[2] for k, n in (figures or {}).items() if k.startswith("nonfinite/") and n
     ]
     fault = f"; not finite before it: {', '.join(found)}" if found else ""
     raise ValueError(

@@ -220,6 +220,19 @@ WORDS = "('q', 'k', 'v', 'o', 'gate', 'up', 'down')"
         ("ppo.sampling.top_p", 0.0, "top_p=0.0: expected in (0, 1]"),
         ("ppo.sampling.top_p", 1.5, "top_p=1.5: expected in (0, 1]"),
         ("ppo.sampling.stop", ("a", ""), "stop=('a', ''): expected strings that are not empty"),
+        (
+            "ppo.group_size",
+            3,
+            "ppo.group_size=3: expected a divisor of batch_size=8, at least 1 for gae",
+        ),
+        ("ppo.dual_clip", 0.5, "ppo.dual_clip=0.5: expected 0 or above 1"),
+        (
+            "ppo.estimator",
+            "gpro",
+            "ppo.estimator='gpro': expected one of ('gae', 'rloo', 'grpo'); did you mean 'grpo'?",
+        ),
+        ("ppo.remat", "some", "ppo.remat='some': expected one of ('none', 'cheap', 'full')"),
+        ("ppo.kl_controller", "", "ppo.kl_controller='': expected one of ('adaptive', 'fixed')"),
         ("ppo.gamma", 1.1, "ppo.gamma=1.1: expected in [0, 1]"),
         ("ppo.gae_lambda", -0.1, "ppo.gae_lambda=-0.1: expected in [0, 1]"),
         ("sft.warmup_share", 1.1, "sft.warmup_share=1.1: expected in [0, 1]"),
@@ -260,6 +273,13 @@ def test_impossible_values_are_refused(path: str, value: Any, message: str) -> N
     with pytest.raises(ValueError) as error:
         changed(path, value)
     assert str(error.value) == message
+
+
+def test_groups_need_company_and_have_no_token_rewards() -> None:
+    with pytest.raises(ValueError, match="at least 2 for rloo"):
+        dataclasses.replace(TINY.ppo, estimator="rloo", group_size=1)
+    with pytest.raises(ValueError, match="grpo has no token rewards"):
+        dataclasses.replace(TINY.ppo, estimator="grpo", whiten_rewards=True)
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,12 @@ def test_it_learns_the_toy_task(estimator: str, seed: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 2, 4])
+@pytest.mark.parametrize("seed", range(5))
 def test_the_controller_holds_the_kl_at_its_target(seed: int) -> None:
-    """What the answers may move is then spent on the reward."""
+    """What the answers may move is then spent on the reward.
+
+    The controller acts after a rollout, so that the KL swings about its target.
+    """
     rewards, kls = train(WITH_KL, seed)
     assert np.mean(kls[-20:]) < 1.15 * WITH_KL.kl_target
     assert np.mean(rewards[-20:]) > 3 * rewards[0]

@@ -68,6 +68,17 @@ def test_a_file_that_cannot_serve_is_named(tmp_path: Path, text: str, message: s
         load(write(tmp_path / "r.py", text))
 
 
+def test_a_fault_has_its_line_where_the_path_is_relative(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "r.py", "def score(examples):\n    return 1 / 0\n")
+    (tmp_path / "here").mkdir()
+    for folder, name in ((tmp_path, "r.py"), (tmp_path / "here", "../r.py")):
+        monkeypatch.chdir(folder)
+        with pytest.raises(ValueError, match=r"r\.py:2: ZeroDivisionError"):
+            load(f"{name}:score")(EXAMPLES)
+
+
 def test_a_file_may_have_dataclasses(tmp_path: Path) -> None:
     text = (
         "from __future__ import annotations\n"

@@ -22,6 +22,7 @@ from updates import (
     ONE_STEP,
     OPTIONS,
     ROWS,
+    SPLIT,
     Sizes,
     answers,
     assert_close,
@@ -134,7 +135,7 @@ def test_every_answer_token_is_predicted_once() -> None:
     ids=["data8", "fsdp8", "data2-tensor4", "data2-fsdp2-tensor2"],
 )
 def test_a_mesh_changes_nothing(sizes: Sizes) -> None:
-    rows = pack(answers()[1], layout=ALONE)._asdict()
+    rows = pack(answers()[1], layout=SPLIT)._asdict()
     state, metrics = update(sizes=sizes, **rows)
     expected_state, expected_metrics = update(**rows)
     assert_close(metrics, expected_metrics, 1e-5)
@@ -201,6 +202,8 @@ def test_groups_need_no_critic(estimator: str) -> None:
     after, _ = update(options)
     assert_equal(after.params["value_head"], new_state(1).params["value_head"])
     assert distance(after, new_state(1)) > 1e-3
+    metrics = update(options)[1]
+    assert not {"ppo/value_loss", "ppo/explained_variance"} & metrics.keys()
 
 
 def test_scores_are_scaled_by_all_that_were_seen() -> None:
@@ -213,10 +216,23 @@ def test_scores_are_scaled_by_all_that_were_seen() -> None:
     assert_close(update(options)[1], update(ONE_STEP, score=scaled)[1], 1e-4)
 
 
-def test_whitened_rewards_differ_from_plain_ones() -> None:
-    changed = update(dataclasses.replace(ONE_STEP, whiten_rewards=True, value_coef=1.0))[1]
-    plain = update(dataclasses.replace(ONE_STEP, value_coef=1.0))[1]
-    assert abs(changed["ppo/value_loss"] - plain["ppo/value_loss"]) > 1e-3
+def test_whitened_rewards_have_deviation_1_and_keep_their_mean() -> None:
+    rows = answers()[0]
+    reading, state = read(new_state(1), rows), new_state(1)
+    options = dataclasses.replace(OPTIONS, gae_lambda=1.0, gamma=1.0, kl_coef=0.0)
+    state = state._replace(kl_coef=jnp.zeros(()))
+    whitened = dataclasses.replace(options, whiten_rewards=True)
+    plain, scaled = (
+        policy_update.estimate(rows, reading, state, o)[1] for o in (options, whitened)
+    )
+    rewards = plain[:, 0], scaled[:, 0]  # an answer's return is its score
+    np.testing.assert_allclose(rewards[0], rows.score, atol=1e-5)
+    count = rows.mask.sum()
+    mean = rows.score.sum() / count
+    deviation = np.sqrt((rows.score**2).sum() / count - mean**2)
+    lengths = rows.mask.sum(1)
+    expected = (rows.score - mean * lengths) / deviation + mean * lengths
+    np.testing.assert_allclose(rewards[1], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_epochs_end_once_the_policy_has_moved_too_far() -> None:
@@ -224,7 +240,7 @@ def test_epochs_end_once_the_policy_has_moved_too_far() -> None:
     whole, figures = update()
     assert figures["ppo/steps_taken"] == 4
     stopped, figures = update(dataclasses.replace(OPTIONS, max_update_kl=1e-6))
-    assert figures["ppo/steps_taken"] == 1
+    assert (figures["ppo/steps_taken"], figures["ppo/steps_skipped"]) == (1, 0)
     assert steps_taken(stopped) == {1}
     patient, _ = update(dataclasses.replace(OPTIONS, max_update_kl=1e6))
     assert_close(patient, whole, 1e-6)
@@ -251,6 +267,19 @@ def test_a_nan_reward_is_skipped_and_counted() -> None:
     assert_equal(state.params, before.params)
     assert_equal(state.opt_state, before.opt_state)
     assert np.isfinite(state.kl_coef)
+
+
+def test_one_bad_minibatch_is_seen() -> None:
+    options = dataclasses.replace(
+        OPTIONS, num_epochs=1, num_minibatches=4, whiten_advantages=False, sampling=COLD
+    )
+    score = np.array(answers()[0].score)
+    score[3] = np.nan
+    state, metrics = update(options, score=score)
+    assert (metrics["ppo/steps_taken"], metrics["ppo/steps_skipped"]) == (3, 1)
+    assert np.isnan(metrics["ppo/loss"]) and np.isnan(metrics["ppo/grad_norm"])
+    assert metrics["nonfinite/score"] == 1
+    assert steps_taken(state) == {3}
 
 
 def test_a_reading_that_is_not_finite_leaves_the_controller_alone() -> None:

@@ -31,6 +31,7 @@ CONFIG = tiny.get_config()
 TINY = PRESETS["tiny"]
 ROWS, ANSWER = 8, 16
 PACKED, ALONE = Layout(72, ANSWER, 4), Layout(72, ANSWER, 8)  # some texts a row, or one
+SPLIT = Layout(72, ANSWER, 16)  # rows that 8 devices share in each of 2 minibatches; half are empty
 COLD = Sampling(temperature=0.7, top_p=0.9, max_new_tokens=ANSWER)
 HOT = Sampling(temperature=1.7, top_k=12, max_new_tokens=ANSWER)
 # 2 epochs of 2 minibatches: steps that follow other steps; ratios soon leave 1 +- eps.
