@@ -22,7 +22,7 @@ def of_targets(
     model: Transformer,
     hidden: Float[Array, "B T D"],
     targets: Int[Array, "B T"],
-    temperature: float = 1.0,
+    temperature: float | Float[Array, ""] = 1.0,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(log-probability of each target, entropy in nats), float32.
 
@@ -37,7 +37,8 @@ def of_targets(
     padding = -length % columns
     padded = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     wanted = jnp.pad(targets, ((0, 0), (0, padding)))
-    of_rows = functools.partial(_of_rows, model.config, temperature, model.head_kernel)
+    heat = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
+    of_rows = functools.partial(_of_rows, model.config, heat, model.head_kernel)
 
     def chunk(pieces: tuple[Array, Array]) -> tuple[Array, Array]:
         chosen, entropy = of_rows(pieces[0].reshape(-1, dim), pieces[1].reshape(-1))
@@ -55,28 +56,28 @@ def of_targets(
     return joined(chosen), joined(entropy)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _of_rows(
     config: ModelConfig,
-    temperature: float,
+    heat: Float[Array, ""],
     kernel: Float[Array, "..."],
     hidden: Float[Array, "T D"],
     targets: Int[Array, "T"],
 ) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
     """`of_targets` of rows, block by block of the vocabulary."""
-    chosen, entropy, _ = _stream(config, temperature, kernel, hidden, targets)
+    chosen, entropy, _ = _stream(config, heat, kernel, hidden, targets)
     return chosen, entropy
 
 
 def _stream(
-    config: ModelConfig, temperature: float, kernel: Array, hidden: Array, targets: Array
+    config: ModelConfig, heat: Array, kernel: Array, hidden: Array, targets: Array
 ) -> tuple[Array, Array, Array]:
     """(log-probabilities, entropies, logarithm of the sum of exponentials)."""
 
     def block(carry: _Sums, index: Array) -> tuple[_Sums, None]:
         most, total, mean, chosen = carry
         index = _tied(index, hidden)
-        logits = _logits(config, temperature, hidden, _cut(config, kernel, index))
+        logits = _logits(config, heat, hidden, _cut(config, kernel, index))
         hits = _entries(config, index)[None] == targets[:, None]
         chosen = chosen + jnp.sum(jnp.where(hits, logits, 0.0), axis=-1)
         new = jnp.maximum(most, jnp.max(logits, axis=-1))
@@ -95,26 +96,25 @@ def _stream(
 
 
 def _forward(
-    config: ModelConfig, temperature: float, kernel: Array, hidden: Array, targets: Array
+    config: ModelConfig, heat: Array, kernel: Array, hidden: Array, targets: Array
 ) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    chosen, entropy, normaliser = _stream(config, temperature, kernel, hidden, targets)
-    return (chosen, entropy), (kernel, hidden, targets, entropy, normaliser)
+    chosen, entropy, normaliser = _stream(config, heat, kernel, hidden, targets)
+    return (chosen, entropy), (heat, kernel, hidden, targets, entropy, normaliser)
 
 
 def _backward(
     config: ModelConfig,
-    temperature: float,
     saved: tuple[Array, ...],
     cotangents: tuple[Array, Array],
-) -> tuple[Array, Array, None]:
+) -> tuple[Array, Array, Array, None]:
     """Logits once more: `d chosen = hit - p`, `d entropy = -p (log p + entropy)` by logit."""
-    kernel, hidden, targets, entropy, normaliser = saved
+    heat, kernel, hidden, targets, entropy, normaliser = saved
     of_chosen, of_entropy = (x[:, None] for x in cotangents)
 
     def block(total: Array, index: Array) -> tuple[Array, Array]:
         index = _tied(index, hidden)
         logits, pull = jax.vjp(
-            functools.partial(_logits, config, temperature), hidden, _cut(config, kernel, index)
+            functools.partial(_logits, config, heat), hidden, _cut(config, kernel, index)
         )
         logprobs = logits - normaliser[:, None]
         p = jnp.exp(logprobs)
@@ -125,7 +125,8 @@ def _backward(
 
     blocks = jnp.arange(_num_blocks(config.vocab_size))
     of_hidden, of_kernel = jax.lax.scan(block, jnp.zeros(hidden.shape, jnp.float32), blocks)
-    return _whole(config, of_kernel), of_hidden.astype(hidden.dtype), None
+    of_heat = jnp.zeros_like(heat)  # nobody asks for it
+    return of_heat, _whole(config, of_kernel), of_hidden.astype(hidden.dtype), None
 
 
 _of_rows.defvjp(_forward, _backward)
@@ -140,10 +141,8 @@ def _tied(index: Array, hidden: Array) -> Array:
     return tied
 
 
-def _logits(
-    config: ModelConfig, temperature: float, hidden: Array, kernel: Array
-) -> Float[Array, "T V"]:
-    return transformer.logits_of(config, hidden, kernel) / temperature
+def _logits(config: ModelConfig, heat: Array, hidden: Array, kernel: Array) -> Float[Array, "T V"]:
+    return transformer.logits_of(config, hidden, kernel) / heat
 
 
 # A block takes entries from all over the vocabulary, some of each eighth of it: where the head is
