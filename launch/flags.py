@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import flags, logging
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from refine_af import configs, records
 from refine_af.config import Experiment, from_dict
 from refine_af.models.sources import cache_dir
+from refine_af.progress import interrupted
 
 _CONFIGS = Path(next(iter(configs.__path__)))
 
@@ -169,7 +170,8 @@ def start(main: Callable[[], None], *, with_config: bool = False, resumes: bool 
     """
     parse = parse_with_config if with_config else _parse
     # A shell starts background jobs with SIGINT ignored; `kill -INT` is to stop those too.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    interrupted.clear()
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         left = parse(sys.argv)
         if len(left) > 1:
@@ -179,15 +181,26 @@ def start(main: Callable[[], None], *, with_config: bool = False, resumes: bool 
         _set_up_jax()
         main()
     except KeyboardInterrupt:
-        left_over = "the same command goes on from here" if resumes else "nothing was written"
-        print(f"\nstopped; {left_over}", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, flags.Error) as error:
-        if not _is_for_user(error):
+        _stopped(resumes)
+    except Exception as error:
+        if interrupted.is_set():  # a library's way of saying that it was
+            _stopped(resumes)
+        if not isinstance(error, ValueError | OSError | flags.Error) or not _is_for_user(error):
             raise
         text = " ".join(str(error).split())
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _stopped(resumes: bool) -> NoReturn:
+    left_over = "the same command goes on from here" if resumes else "nothing was written"
+    print(f"\nstopped; {left_over}", file=sys.stderr)
+    sys.exit(130)
 
 
 def _is_for_user(error: BaseException) -> bool:

@@ -1,9 +1,12 @@
 """Progress bars with rate, tokens per second and time left."""
 
+import threading
 import time
 from typing import Any
 
 from tqdm import tqdm
+
+interrupted = threading.Event()  # set by Ctrl-C
 
 
 class bar(tqdm):
@@ -21,6 +24,17 @@ class bar(tqdm):
         )
         self._tokens = 0
         self._began = time.monotonic()
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count; also stop where the exception of a Ctrl-C was lost, in a library's callback say.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed.
+        """
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        shown: bool | None = super().update(n)
+        return shown
 
     def count_tokens(self, new: int) -> None:
         """Add to the tokens behind the rate that is shown."""
