@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -200,6 +201,7 @@ def _interrupt(signum: int, frame: Any) -> None:
 def _stopped(resumes: bool) -> NoReturn:
     left_over = "the same command goes on from here" if resumes else "nothing was written"
     print(f"\nstopped; {left_over}", file=sys.stderr)
+    threading.excepthook = lambda _: None  # a save under way finds its workers gone
     sys.exit(130)
 
 
