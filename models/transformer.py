@@ -221,7 +221,8 @@ def _rows_forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]
 
 def _rows_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
     table, ids = saved
-    return jnp.zeros_like(table).at[ids].add(g), None
+    total = jnp.zeros(table.shape, jnp.float32).at[ids].add(g.astype(jnp.float32))
+    return total.astype(table.dtype), None
 
 
 rows_of.defvjp(_rows_forward, _rows_backward)

@@ -20,11 +20,10 @@ from refine_af.benchmark_sampling import export
 from refine_af.benchmarks import Limits, Measured, Row
 from refine_af.config import Lora, Mesh, Model, Ppo, Sampling
 from refine_af.mesh import shard_batch
-from refine_af.models import heads
 from refine_af.models import lora as lora_lib
 from refine_af.models.config import ModelConfig
-from refine_af.models.transformer import Params
 from refine_af.models.weights import expected_shapes
+from refine_af.policy import Policy
 from refine_af.requests import Completion, Request
 from refine_af.rollout import Layout, Reading, Rollout
 from refine_af.training import TrainState
@@ -82,7 +81,7 @@ def _make(source: str, folder: str) -> ModelConfig:
     shape = export(source, f"{folder}/model")
     base = base_model.load(Model(source=source, dtype="float32", param_dtype="float32"), Mesh())
     lora = base_model.lora_config(OPTIONS.lora)
-    adapter = _params(base)["adapter"]
+    adapter = Policy(base, OPTIONS).new_params(0)["policy"]["adapter"]
     lora_lib.write_peft(adapter, lora, shape, Path(folder, "adapter"), f"{folder}/model")
     rng = np.random.default_rng(0)
     ids = rng.integers(0, shape.vocab_size, (_ROWS, _PROMPT + _ANSWER))
@@ -95,15 +94,11 @@ def _make(source: str, folder: str) -> ModelConfig:
     return shape
 
 
-def _params(base: BaseModel) -> Params:
-    adapter = base.new_adapter(OPTIONS.lora, jax.random.key(0))
-    head = heads.init_value_head(base.config.embed_dim)
-    return {"adapter": adapter, "value_head": base.replicate(head)}
-
-
 def _state(base: BaseModel) -> TrainState:
     optimizer = policy_update.optimizer(OPTIONS)
-    return base.place_state(training.new_state(_params(base), optimizer, OPTIONS.kl_coef))
+    return base.place_state(
+        training.new_state(Policy(base, OPTIONS).new_params(0), optimizer, OPTIONS.kl_coef)
+    )
 
 
 def _rollout(ids: np.ndarray) -> Rollout:

@@ -18,6 +18,9 @@ PROMPT_FORMATS = ("raw", "chat")  # as it is; as the user's turn of a chat
 SFT_FORMATS = ("alpaca", "chat")
 # What the backward pass computes again of a layer: nothing, all but linear maps, all.
 REMATS = ("none", "cheap", "full")
+TRAINED = ("lora", "full")
+CRITICS = ("shared", "separate")
+OPTIMIZERS = ("adam", "adafactor")  # adafactor: second moments as rows and columns
 ESTIMATORS = ("gae", "rloo", "grpo")
 KL_CONTROLLERS = ("adaptive", "fixed")
 NORMALISATIONS = ("none", "batch")  # as they are; mean 0 and deviation 1 over the batch's answers
@@ -212,6 +215,10 @@ class Ppo:
 
     num_steps: int  # rollouts
     batch_size: int  # answers a rollout
+    trained: str = "lora"  # one of TRAINED: an adapter on frozen weights, or all weights
+    critic: str = "shared"  # one of CRITICS: a head on the policy's trunk, or on one of its own
+    critic_warmup: int = 0  # first steps that train nothing but the critic
+    optimizer: str = "adam"  # one of OPTIMIZERS
     estimator: str = "gae"  # of advantages, one of ESTIMATORS; all but gae do without the critic
     group_size: int = 1  # answers to each instruction of a rollout
     num_epochs: int
@@ -254,6 +261,10 @@ class Ppo:
         require_at_least(1, self, "ppo.", "kl_horizon", "checkpoint_every", "keep_checkpoints")
         require_at_least(0, self, "ppo.", "warmup_steps", "value_coef", "entropy_coef", "kl_coef")
         require_at_least(0, self, "ppo.", "row_length", "max_update_kl")
+        require_one_of("ppo.trained", self.trained, TRAINED)
+        require_one_of("ppo.critic", self.critic, CRITICS)
+        require_one_of("ppo.optimizer", self.optimizer, OPTIMIZERS)
+        require_at_least(0, self, "ppo.", "critic_warmup")
         require_one_of("ppo.remat", self.remat, REMATS)
         require_one_of("ppo.estimator", self.estimator, ESTIMATORS)
         require_one_of("ppo.kl_controller", self.kl_controller, KL_CONTROLLERS)

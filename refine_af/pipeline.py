@@ -127,8 +127,7 @@ def generate_instances(run: Run) -> bool:
     if run.has_dataset:
         return False
     rows = run.accepted_instructions()
-    adapter = rlaf.tuned_adapter(run.config, run.base, run.workdir)
-    params = run.base.for_sampling(adapter, run.config.ppo.lora)
+    params = rlaf.tuned_policy(run.config, run.base, run.workdir)
     InstanceStage(run.config, run.base, run.seeds, rows, run.workdir).run(params)
     dataset.write_dataset(
         run.config,

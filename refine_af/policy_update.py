@@ -10,11 +10,12 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from refine_af import config as config_lib
+from refine_af import policy as policy_lib
 from refine_af import ppo, rollout, training
 from refine_af.mesh import keep_rows_split
 from refine_af.models import heads
 from refine_af.models.transformer import Definition, Params
-from refine_af.rollout import Reading, Rollout
+from refine_af.rollout import Places, Reading, Rollout
 from refine_af.training import TrainState
 
 Metrics = dict[str, Float[Array, ""]]
@@ -33,10 +34,14 @@ def optimizer(options: config_lib.Ppo) -> optax.GradientTransformation:
         ],
         [warmup],
     )
-    return optax.chain(
-        optax.clip_by_global_norm(options.max_grad_norm),
-        optax.adam(schedule, eps=options.adam_eps),
-    )
+    if options.optimizer == "adafactor":
+        # Its own clipping and scaling by the parameters' size are for training from scratch.
+        step = optax.adafactor(
+            schedule, multiply_by_parameter_scale=False, clipping_threshold=None, eps=1e-30
+        )
+    else:
+        step = optax.adam(schedule, eps=options.adam_eps)
+    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), step)
 
 
 class _Batch(NamedTuple):
@@ -69,10 +74,14 @@ def make_update(
     )
 
     def loss_fn(base: Params, count: Array, params: Params, batch: _Batch) -> tuple[Array, Metrics]:
-        places = batch.tokens, batch.start, batch.columns
+        places = Places(batch.tokens, batch.start, batch.columns)
+        weights = policy_lib.trunk(base, params["policy"])
         hidden, logprobs, entropy = rollout.predictions(
-            policy, base, params["adapter"], *places, temperature, remat=options.remat
+            policy, *weights, places, temperature, remat=options.remat
         )
+        if "critic" in params:
+            critic_weights = policy_lib.trunk(base, params["critic"])
+            hidden = rollout.hidden_states(policy, *critic_weights, places, remat=options.remat)
         values = heads.value(params["value_head"], hidden)
         surrogate = jax.vmap(clipped_loss)(logprobs, batch.logprobs, batch.advantages, batch.mask)
         critic = jax.vmap(ppo.value_loss, in_axes=(0, 0, 0, 0, None))(
@@ -98,6 +107,9 @@ def make_update(
         grads, loss, sums = training.accumulate(
             functools.partial(loss_fn, base, count), state.params, chosen, options.num_microbatches
         )
+        if options.critic_warmup:
+            learns = state.step >= options.critic_warmup
+            grads |= {"policy": jax.tree.map(lambda g: jnp.where(learns, g, 0.0), grads["policy"])}
         new_state, norm = training.guarded_step(tx, state, grads)
         if options.max_update_kl:
             moved = sums["approx_kl"] > options.max_update_kl

@@ -1,7 +1,7 @@
 """Stage 2: reinforcement learning from automated feedback.
 
-One step: pick instructions -> sample answers with the adapter -> score them with the
-oracle -> read policy, critic and reference -> update. The base weights never change.
+One step: pick instructions -> sample answers with the policy -> score them with the
+oracle -> read policy, critic and reference -> update.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from refine_af import (
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment, Reward
 from refine_af.mesh import batch_parts, shard_batch
-from refine_af.models import heads
 from refine_af.models.transformer import Params
+from refine_af.policy import Policy
 from refine_af.progress import bar
 from refine_af.randomness import generator, key_of, seed_of
 from refine_af.records import Row
@@ -65,7 +65,9 @@ class RlafStage:
     def run(self) -> None:
         """Take all steps that are not done yet; state, metrics and answers go to the workdir."""
         options = self.config.ppo
-        update = policy_update.make_update(self.base.adapted(options.lora), options, self.base.mesh)
+        update = policy_update.make_update(
+            Policy(self.base, options).definition, options, self.base.mesh
+        )
         batches = [self._requests(step) for step in range(options.num_steps)]
         measured = self._held_out_requests()
         asked = [*measured, *(request for batch, _ in batches for request in batch)]
@@ -172,7 +174,7 @@ class RlafStage:
     ) -> tuple[TrainState, dict[str, float], list[Row]]:
         requests, instructions = batch
         began = time.monotonic()
-        completions = self._sample(state.params["adapter"], requests, instructions)
+        completions = self._sample(state.params, requests, instructions)
         sampled = time.monotonic()
         examples, judgements = self._judge(instructions, completions, self.config.reward)
         scored = time.monotonic()
@@ -214,7 +216,7 @@ class RlafStage:
         options = self.config.ppo
         rows = shard_batch(self.base.mesh, rollout.build(requests, completions, scores, layout))
         return rows, rollout.jit_read(
-            self.base.adapted(options.lora),
+            Policy(self.base, options).definition,
             self.base.definition,
             self.base.params,
             state.params,
@@ -234,7 +236,7 @@ class RlafStage:
 
         def answer(arm: str) -> ppo_evaluation.Arm:
             params = state.params if arm == "after" else new_state(self.config, self.base).params
-            completions = self._sample(params["adapter"], requests, instructions, progress)
+            completions = self._sample(params, requests, instructions, progress)
             _, judgements = self._judge(instructions, completions, absolute)
             if arm == "before":
                 return completions, judgements, np.zeros(len(requests))
@@ -261,7 +263,7 @@ class RlafStage:
 
     def _sample(
         self,
-        adapter: Params,
+        params: Params,
         requests: list[Request],
         instructions: Sequence[str],
         progress: bar | None = None,
@@ -272,7 +274,7 @@ class RlafStage:
         engine = self.base.engine(
             options.batch_size, int8_weights=int8, int8_cache=options.int8_cache
         )
-        params = self.base.for_sampling(adapter, options.lora, int8_weights=int8)
+        weights = Policy(self.base, options).for_sampling(params, int8_weights=int8)
 
         def finished(number: int, completion: Completion) -> None:
             example = self._parse(instructions[number], completion)
@@ -282,7 +284,7 @@ class RlafStage:
                 progress.update()
 
         counted = progress.count_tokens if progress else None
-        return engine.generate(params, requests, counted, finished)
+        return engine.generate(weights, requests, counted, finished)
 
     def _parse(self, instruction: str, completion: Completion) -> rewards.Example | None:
         pair = prompts.parse_instance(
@@ -292,11 +294,9 @@ class RlafStage:
 
 
 def new_state(config: Experiment, base: BaseModel) -> TrainState:
-    """State before the first step: a fresh adapter and a value head of zeros."""
-    adapter = base.new_adapter(config.ppo.lora, key_of(config.seed, "ppo/adapter"))
-    head = base.replicate(heads.init_value_head(base.config.embed_dim))
+    """State before the first step."""
+    params = Policy(base, config.ppo).new_params(config.seed)
     optimizer = policy_update.optimizer(config.ppo)
-    params = {"adapter": adapter, "value_head": head}
     return base.place_state(training.new_state(params, optimizer, config.ppo.kl_coef))
 
 
@@ -336,8 +336,8 @@ def steps_done(workdir: Path) -> int:
     return checkpoints.latest_step(workdir / CHECKPOINTS)
 
 
-def tuned_adapter(config: Experiment, base: BaseModel, workdir: Path) -> Params:
-    """Adapter after the last PPO step.
+def tuned_policy(config: Experiment, base: BaseModel, workdir: Path) -> Params:
+    """Parameters for an engine, of the policy after the last PPO step.
 
     Raises:
         ValueError: stage 2 has not finished.
@@ -349,4 +349,5 @@ def tuned_adapter(config: Experiment, base: BaseModel, workdir: Path) -> Params:
             f"{directory}: PPO has done {step} of {config.ppo.num_steps} steps; run train_ppo first"
         )
     with checkpoints.open_manager(directory, keep=config.ppo.keep_checkpoints) as manager:
-        return checkpoints.restore_latest(manager, new_state(config, base))[1].params["adapter"]
+        state = checkpoints.restore_latest(manager, new_state(config, base))[1]
+    return Policy(base, config.ppo).for_sampling(state.params)

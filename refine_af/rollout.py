@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from refine_af import logprobs, packing
+from refine_af import policy as policy_lib
 from refine_af.models import heads, transformer
 from refine_af.models.transformer import Definition, Params
 from refine_af.requests import Completion, Request
@@ -109,13 +110,33 @@ def padding_share(
     return 1.0 - used / rows.tokens.size
 
 
+class Places(NamedTuple):
+    """Some rows of a rollout, as models read them."""
+
+    tokens: Int[Array, "B T"]
+    start: Int[Array, "B T"]
+    columns: Int[Array, "B K"]
+
+
+def hidden_states(
+    definition: Definition,
+    base: Params,
+    adapter: Params | None,
+    places: Places,
+    *,
+    remat: str = "none",
+) -> Float[Array, "B K D"]:
+    """Final hidden states at `columns`."""
+    model = transformer.bind(definition, base, adapter)
+    hidden, _ = model(places.tokens, places.start, remat=remat)
+    return jnp.take_along_axis(hidden, places.columns[..., None], axis=1)
+
+
 def predictions(
     definition: Definition,
     base: Params,
     adapter: Params | None,
-    batch_tokens: Int[Array, "B T"],
-    start: Int[Array, "B T"],
-    columns: Int[Array, "B K"],
+    places: Places,
     temperature: float,
     *,
     remat: str = "none",
@@ -125,10 +146,9 @@ def predictions(
     The distribution is `softmax(logits / temperature)` for every caller: policy, reference and
     update agree with the sampler on what it is.
     """
+    hidden = hidden_states(definition, base, adapter, places, remat=remat)
+    targets = jnp.take_along_axis(places.tokens, places.columns + 1, axis=1)
     model = transformer.bind(definition, base, adapter)
-    hidden, _ = model(batch_tokens, start, remat=remat)
-    hidden = jnp.take_along_axis(hidden, columns[..., None], axis=1)
-    targets = jnp.take_along_axis(batch_tokens, columns + 1, axis=1)
     return hidden, *logprobs.of_targets(model, hidden, targets, temperature)
 
 
@@ -143,18 +163,23 @@ def read(
 ) -> Reading:
     """Log-probabilities, values and reference log-probabilities, in `num_pieces` cuts of rows.
 
-    The reference is the same base with its adapter off.
+    The reference is the frozen base.
     """
 
-    def piece(rows: tuple[Array, Array, Array]) -> Reading:
-        hidden, chosen, _ = predictions(policy, base, trainable["adapter"], *rows, temperature)
+    weights, adapter = policy_lib.trunk(base, trainable["policy"])
+
+    def piece(places: Places) -> Reading:
+        hidden, chosen, _ = predictions(policy, weights, adapter, places, temperature)
+        if "critic" in trainable:
+            critic = policy_lib.trunk(base, trainable["critic"])
+            hidden = hidden_states(policy, *critic, places)
         values = heads.value(trainable["value_head"], hidden)
-        _, ref, _ = predictions(reference, base, None, *rows, temperature)
+        _, ref, _ = predictions(reference, base, None, places, temperature)
         return Reading(chosen, values, ref)
 
     cut = jax.tree.map(
         lambda x: x.reshape(-1, num_pieces, *x.shape[1:]).swapaxes(0, 1),
-        (rollout.tokens, rollout.start, rollout.columns),
+        Places(rollout.tokens, rollout.start, rollout.columns),
     )
     reading = jax.lax.map(piece, cut)
     shape = rollout.columns.shape

@@ -19,7 +19,7 @@ class TrainState(NamedTuple):
     """Everything that a step reads and writes; a pytree, donated to the update."""
 
     step: Int[Array, ""]  # rollouts (PPO) or optimizer steps (SFT) done
-    params: Tree  # trainable, float32: {"adapter": ..., "value_head": ...}
+    params: Tree  # trainable, float32: see `policy`, or {"adapter": ...} in fine-tuning
     opt_state: Tree
     kl_coef: Float[Array, ""]  # of the controller; unused (0) in fine-tuning
     scores: ppo.Moments  # of all rewards so far; unused (empty) in fine-tuning

@@ -10,6 +10,7 @@ from updates import CONFIG, base
 from refine_af import policy_update, rlaf, rollout
 from refine_af.config import Lora, Ppo, Sampling
 from refine_af.mesh import shard_batch
+from refine_af.policy import Policy
 from refine_af.requests import Request
 from refine_af.rollout import Layout
 
@@ -41,7 +42,8 @@ def train(options: Ppo, seed: int) -> tuple[list[float], list[float]]:
     home = base()
     experiment = dataclasses.replace(CONFIG, seed=seed, ppo=options)
     state = rlaf.new_state(experiment, home)
-    definition = home.adapted(options.lora)
+    policy = Policy(home, options)
+    definition = policy.definition
     update = policy_update.make_update(definition, options, home.mesh)
     engine = dataclasses.replace(home.engine(options.batch_size), eos_ids=())
     rng = np.random.default_rng(seed)
@@ -56,7 +58,7 @@ def train(options: Ppo, seed: int) -> tuple[list[float], list[float]]:
             )
             for row in range(options.batch_size)
         ]
-        params = home.for_sampling(state.params["adapter"], options.lora)
+        params = policy.for_sampling(state.params)
         completions = engine.generate(params, requests)
         scores = [sum(i in PAID for i in c.token_ids) / len(c.token_ids) for c in completions]
         rows = rollout.build(requests, completions, scores, Layout(64, ANSWER, 2))

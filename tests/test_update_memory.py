@@ -37,7 +37,10 @@ def temporary_bytes(vocab: int) -> int:
 
     def make() -> Any:
         base, adapter = transformer.init(model, lora, key=jax.random.key(0))
-        params = {"adapter": adapter, "value_head": heads.init_value_head(model.embed_dim)}
+        params = {
+            "policy": {"adapter": adapter},
+            "value_head": heads.init_value_head(model.embed_dim),
+        }
         return base, training.new_state(params, policy_update.optimizer(PPO), PPO.kl_coef)
 
     answers = jnp.zeros((ROWS, ANSWER))

@@ -11,6 +11,7 @@ import torch
 import transformers
 from decoders import write_directory
 from updates import (
+    FULL,
     GRADIENT,
     OPTIONS,
     TINY,
@@ -25,33 +26,53 @@ from updates import (
 )
 
 from refine_af.config import Ppo
+from refine_af.models import sources
+from refine_af.models.transformer import Params
 from refine_af.rollout import Reading, Rollout
 from refine_af.training import TrainState
 
 
 class Torch:
-    """Policy, critic and reference in torch; `adapter` and `head` are leaves with gradients."""
+    """Policy and critic in torch; what is trained are leaves with gradients."""
 
     def __init__(self, folder: Path, state: TrainState) -> None:
         torch.set_num_threads(1)  # its threads and XLA's, spinning on the same cores
-        write_directory(TINY, base().params, folder)
+        trunk = state.params["policy"]
+        write_directory(TINY, trunk.get("model", base().params), folder)
         load = transformers.AutoModelForCausalLM.from_pretrained
         self.model = load(folder, dtype=torch.float64, attn_implementation="eager")
         self.trainable = jax.tree.map(
             lambda x: torch.tensor(np.asarray(x, np.float64), requires_grad=True), state.params
         )
 
-    def adapted(self) -> dict[str, torch.Tensor]:
-        """Weights with alpha / rank * A B added."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Of the policy: with alpha / rank * A B added, where there are adapters."""
         weights = dict(self.model.named_parameters())
+        if "adapter" not in self.trainable["policy"]:
+            return weights
         scale = OPTIONS.lora.alpha / OPTIONS.lora.rank
         blocks = {"attention": "self_attn", "feed_forward": "mlp"}
-        for block, linears in self.trainable["adapter"]["layers"].items():
+        for block, linears in self.trainable["policy"]["adapter"]["layers"].items():
             for name, pair in linears.items():
                 for i, (a, b) in enumerate(zip(pair["lora_a"], pair["lora_b"], strict=True)):
                     key = f"model.layers.{i}.{blocks[block]}.{name}_proj.weight"
                     weights[key] = weights[key] + scale * (a @ b).T
         return weights
+
+    def gradients(self, folder: Path) -> Params:
+        """Of all that is trained, as our tree: those of a whole model go through its file."""
+        found = {
+            name: jax.tree.map(lambda leaf: leaf.grad.numpy(), self.trainable[name])
+            for name in ("value_head", "policy")
+            if name == "value_head" or "adapter" in self.trainable["policy"]
+        }
+        if "policy" not in found:
+            grads = {name: p.grad for name, p in self.model.named_parameters()}
+            self.model.load_state_dict(grads, strict=False)  # a tied head has none of its own
+            self.model.float().save_pretrained(folder)
+            model = sources.open_model(str(folder), param_dtype="float32").load()
+            found["policy"] = {"model": model}
+        return found
 
     def __call__(
         self, weights: dict[str, torch.Tensor], prompt: list[int], answer: list[int], heat: float
@@ -92,7 +113,7 @@ def plain_losses(
         prompt, heat = list(asked()[row].prompt_ids), options.sampling.temperature
         answer = list(answers()[1][row].token_ids)
         assert len(answer) == n
-        logprobs, values, entropy = model(model.adapted(), prompt, answer, heat)
+        logprobs, values, entropy = model(model.weights(), prompt, answer, heat)
         span = slice(sum(lengths[:row]), sum(lengths[: row + 1]))
         ratio = (logprobs - torch.tensor(old.logprobs[row, :n])).exp()
         near = ratio.clamp(1 - options.clip_eps, 1 + options.clip_eps)
@@ -109,19 +130,22 @@ def plain_losses(
 
 
 @pytest.mark.parametrize("drawn_by", [1, 2], ids=["same-weights", "other-weights"])
-def test_the_gradient_is_that_of_a_plain_transcription(drawn_by: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [GRADIENT, FULL], ids=["lora", "full"])
+def test_the_gradient_is_that_of_a_plain_transcription(
+    options: Ppo, drawn_by: int, tmp_path: Path
+) -> None:
     """With other weights for the reading, ratios leave the clipping range in both directions."""
     rows, _ = answers()
-    model = Torch(tmp_path, new_state(1))
-    reading = read(new_state(drawn_by), rows)
-    losses = plain_losses(model, rows, jax.tree.map(np.asarray, reading), GRADIENT)
+    model = Torch(tmp_path / "policy", new_state(1, options=options))
+    reading = read(new_state(drawn_by, options=options), rows, options=options)
+    losses = plain_losses(model, rows, jax.tree.map(np.asarray, reading), options)
     losses["loss"].backward()
-    state, metrics = update(GRADIENT, reading=reading)
-    assert (metrics["ppo/clip_fraction"] > 0.2) == (drawn_by == 2)
+    state, metrics = update(options, reading=reading)
+    assert (metrics["ppo/clip_fraction"] > 0.1) == (drawn_by == 2)
     for name, loss in losses.items():
         assert metrics[f"ppo/{name}"] == pytest.approx(loss.item(), abs=1e-5), name
-    expected = jax.tree.map(lambda leaf: leaf.grad.numpy(), model.trainable)
-    assert optax.tree.norm(expected["adapter"]) > 0.1
+    expected = model.gradients(tmp_path / "gradients")
+    assert optax.tree.norm(expected["policy"]) > 0.1
     assert_close(state.opt_state, expected, 1e-5)
 
 

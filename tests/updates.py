@@ -23,6 +23,7 @@ from refine_af.mesh import shard_batch
 from refine_af.models import transformer
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.registry import PRESETS
+from refine_af.policy import Policy
 from refine_af.requests import Completion, Request
 from refine_af.rollout import Layout, Reading, Rollout
 from refine_af.training import TrainState
@@ -41,6 +42,8 @@ ONE_STEP = dataclasses.replace(OPTIONS, num_epochs=1, num_minibatches=1, samplin
 GRADIENT = dataclasses.replace(
     ONE_STEP, num_microbatches=2, gamma=0.98, entropy_coef=0.01, kl_coef=0.2, sampling=COLD
 )
+FULL = dataclasses.replace(GRADIENT, trained="full")
+KEEPING = (GRADIENT, FULL)
 GROUPS = dataclasses.replace(ONE_STEP, group_size=4, estimator="rloo", sampling=COLD)
 EOS = tuple(range(4, 34))  # so many that random text ends now and then
 
@@ -69,11 +72,13 @@ def base(sizes: Sizes = ONE_DEVICE) -> BaseModel:
 
 
 @functools.cache
-def fresh_state(sizes: Sizes) -> TrainState:
-    return rlaf.new_state(CONFIG, base(sizes))
+def fresh_state(sizes: Sizes, options: Ppo = OPTIONS) -> TrainState:
+    return rlaf.new_state(dataclasses.replace(CONFIG, ppo=options), base(sizes))
 
 
-def new_state(noise: int | None = None, sizes: Sizes = ONE_DEVICE) -> TrainState:
+def new_state(
+    noise: int | None = None, sizes: Sizes = ONE_DEVICE, options: Ppo = OPTIONS
+) -> TrainState:
     """State before the first step; `noise` seeds weights as if after some training."""
     rng = np.random.default_rng(noise)
 
@@ -81,9 +86,11 @@ def new_state(noise: int | None = None, sizes: Sizes = ONE_DEVICE) -> TrainState
         return jax.device_put(np.array(x), x.sharding)  # updates eat the state they are given
 
     def draw(x: jax.Array) -> jax.Array:
-        return jax.device_put(0.1 * rng.standard_normal(x.shape, np.float32), x.sharding)
+        noise = rng.standard_normal(x.shape, np.float32)
+        moved = np.array(x) + 0.02 * noise if options.trained == "full" else 0.1 * noise
+        return jax.device_put(moved, x.sharding)
 
-    state = jax.tree.map(copy, fresh_state(sizes))
+    state = jax.tree.map(copy, fresh_state(sizes, like(options)))
     return state if noise is None else state._replace(params=jax.tree.map(draw, state.params))
 
 
@@ -92,7 +99,7 @@ def answers(
     noise: int | None = 1, sampling: Sampling = COLD
 ) -> tuple[Rollout, tuple[Completion, ...]]:
     """Host arrays of prompts of different lengths, and what the policy wrote to them."""
-    params = base().for_sampling(new_state(noise).params["adapter"], OPTIONS.lora)
+    params = Policy(base(), OPTIONS).for_sampling(new_state(noise).params)
     completions = base().engine(ROWS).generate(params, asked(sampling))
     return pack(completions, sampling), tuple(completions)
 
@@ -112,14 +119,26 @@ def pack(
     return rollout.build(asked(sampling), completions, scores, layout)
 
 
+def like(options: Ppo) -> Ppo:
+    """Options whose state has the same arrays."""
+    return dataclasses.replace(
+        OPTIONS,
+        trained=options.trained,
+        critic=options.critic,
+        optimizer=options.optimizer,
+        lora=options.lora,
+    )
+
+
 def read(
     state: TrainState,
     rows: Rollout,
     temperature: float = COLD.temperature,
     sizes: Sizes = ONE_DEVICE,
+    options: Ppo = OPTIONS,
 ) -> Reading:
     home = base(sizes)
-    policy = home.adapted(OPTIONS.lora)
+    policy = Policy(home, options).definition
     return rollout.jit_read(
         policy, home.definition, home.params, state.params, rows, temperature, 2
     )
@@ -132,10 +151,10 @@ def make_update(options: Ppo, sizes: Sizes = ONE_DEVICE) -> Any:
         lambda grads, _, params: (optax.tree.zeros_like(params), grads),
     )
     with pytest.MonkeyPatch.context() as patch:
-        if options == GRADIENT:
+        if options in KEEPING:
             patch.setattr(policy_update, "optimizer", lambda _: keep)
         home = base(sizes)
-        return policy_update.make_update(home.adapted(options.lora), options, home.mesh)
+        return policy_update.make_update(Policy(home, options).definition, options, home.mesh)
 
 
 def update(
@@ -150,9 +169,9 @@ def update(
     """One update of a state on answers that its policy drew; `rows` replaces arrays of these."""
     batch = answers(noise, options.sampling)[0]._replace(**rows)
     batch = shard_batch(base(sizes).mesh, batch)
-    state = new_state(noise, sizes)._replace(kl_coef=jnp.asarray(options.kl_coef))
-    reading = reading or read(state, batch, options.sampling.temperature, sizes)
-    if options == GRADIENT:
+    state = new_state(noise, sizes, options)._replace(kl_coef=jnp.asarray(options.kl_coef))
+    reading = reading or read(state, batch, options.sampling.temperature, sizes, options)
+    if options in KEEPING:
         state = state._replace(opt_state=optax.tree.zeros_like(state.params))
     run = make_update(options, sizes)
     state, metrics = run(base(sizes).params, state, batch, reading, jax.random.key(key))

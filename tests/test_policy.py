@@ -1,0 +1,105 @@
+"""What PPO trains: adapter or all weights, a critic that shares the trunk or has its own."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from updates import (
+    ONE_STEP,
+    ROWS,
+    answers,
+    asked,
+    assert_close,
+    assert_equal,
+    base,
+    distance,
+    new_state,
+    pack,
+    read,
+    update,
+)
+
+from refine_af import policy_update, rollout
+from refine_af.config import Ppo
+from refine_af.policy import Policy
+
+SEPARATE = dataclasses.replace(ONE_STEP, critic="separate", value_coef=1.0)
+ALL = dataclasses.replace(ONE_STEP, trained="full")
+BOTH = dataclasses.replace(ALL, critic="separate")
+
+
+def moved(first: Any, second: Any) -> float:
+    return float(optax.tree.norm(optax.tree.sub(first, second)))
+
+
+@pytest.mark.parametrize("options", [SEPARATE, ALL, BOTH], ids=["critic", "full", "both"])
+def test_before_the_first_step_the_policy_is_the_reference(options: Ppo) -> None:
+    reading = read(new_state(options=options), answers()[0], options=options)
+    assert_equal(reading.logprobs, reading.ref_logprobs)
+    assert not np.asarray(reading.values).any()
+
+
+def test_all_weights_are_trained_and_the_reference_stays() -> None:
+    before = jax.tree.map(np.array, base().params)
+    start = new_state(options=ALL).params["policy"]
+    state, metrics = update(ALL, None)
+    assert_equal(base().params, before)
+    assert all(
+        moved(a, b) > 0
+        for a, b in zip(*map(jax.tree.leaves, (state.params["policy"], start)), strict=True)
+    )
+    assert metrics["kl/k1"] == 0
+    reading = read(state, answers(None)[0], options=ALL)
+    assert np.abs(np.asarray(reading.logprobs - reading.ref_logprobs)).max() > 1e-3
+
+
+@pytest.mark.parametrize("options", [SEPARATE, ALL], ids=["lora", "full"])
+def test_the_engine_samples_what_is_trained(options: Ppo) -> None:
+    state = new_state(1, options=options)
+    params = Policy(base(), options).for_sampling(state.params)
+    completions = base().engine(ROWS).generate(params, asked())
+    reading = read(state, pack(completions), options=options)
+    assert rollout.drift(completions, reading) < 1e-4
+
+
+def test_all_weights_on_a_mesh_are_those_on_one_device() -> None:
+    state, metrics = update(ALL, sizes=(1, 8, 1))
+    expected_state, expected_metrics = update(ALL)
+    assert_close(metrics, expected_metrics, 1e-5)
+    assert_close(state, expected_state, 1e-5)
+
+
+def test_a_critic_of_its_own_leaves_the_policy_alone() -> None:
+    """A shared trunk is moved by the value loss, too."""
+    for options, alone in ((SEPARATE, True), (ONE_STEP, False)):
+        states = [
+            update(dataclasses.replace(options, value_coef=coef, max_grad_norm=1e6))[0].params
+            for coef in (0.5, 2.0)
+        ]
+        assert (moved(states[0]["policy"], states[1]["policy"]) < 1e-6) == alone
+    critic = new_state(1, options=SEPARATE).params["critic"]
+    assert moved(update(SEPARATE)[0].params["critic"], critic) > 1e-3
+
+
+@pytest.mark.parametrize("options", [ONE_STEP, SEPARATE], ids=["shared", "separate"])
+def test_the_warm_up_trains_the_critic_alone(options: Ppo) -> None:
+    start = new_state(1, options=options).params
+    first = update(dataclasses.replace(options, critic_warmup=1))[0].params
+    assert_equal(first["policy"], start["policy"])
+    assert moved(first["value_head"], start["value_head"]) > 1e-4
+
+
+def test_factored_moments_are_small_and_take_steps() -> None:
+    options = dataclasses.replace(ALL, optimizer="adafactor")
+    start = new_state(1, options=options)
+    state, metrics = update(options)
+    assert np.isfinite(metrics["ppo/loss"])
+    assert distance(state, start) > 1e-4
+    sizes = [
+        sum(x.size for x in jax.tree.leaves(policy_update.optimizer(o).init(start.params)))
+        for o in (options, ALL)
+    ]
+    assert sizes[0] < sizes[1]
