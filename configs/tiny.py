@@ -48,6 +48,7 @@ def get_config() -> Experiment:
             checkpoint_every=1,
             num_eval_prompts=2,
             num_eval_samples=2,
+            eval_every=2,
             lora=Lora(rank=2, alpha=4.0),
             sampling=Sampling(temperature=1.0, max_new_tokens=32),
         ),

@@ -74,8 +74,28 @@ class Linear(nnx.Module):
             y = (y + along_last(self.bias[...], y.ndim)).astype(x.dtype)
         if self.adapted:
             low = project(x, self.lora_a[...]) * self.lora_scale
-            y = y + project(checkpoint_name(low, LINEAR), self.lora_b[...])
-        return checkpoint_name(y, LINEAR)
+            y = y + project(_named(low), self.lora_b[...])
+        return _named(y)
+
+
+@jax.custom_vjp
+def _named(y: Array) -> Array:
+    """`y`, known to remat policies as `LINEAR`.
+
+    What is kept of a bfloat16 array are its bits as integers: XLA for CPUs would convert the stack
+    of all layers' results to float32 and back whenever one is written to it.
+    """
+    return y
+
+
+def _named_forward(y: Array) -> tuple[Array, None]:
+    if y.dtype != jnp.bfloat16:
+        return checkpoint_name(y, LINEAR), None
+    bits = checkpoint_name(jax.lax.bitcast_convert_type(y, jnp.uint16), LINEAR)
+    return jax.lax.bitcast_convert_type(bits, y.dtype), None
+
+
+_named.defvjp(_named_forward, lambda _, g: (g,))
 
 
 def quantize(

@@ -5,7 +5,6 @@ timed both sides compute the loss and the gradient's norm in float32, and the ro
 these differ. Answers that fill their rows leave packing nothing to gain.
 """
 
-import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from refine_af import base_model, benchmarks, policy_update, rollout, training
+from refine_af import base_model, benchmarks, flops, policy_update, rollout, training
 from refine_af.base_model import BaseModel
 from refine_af.benchmark_sampling import export
 from refine_af.benchmarks import Limits, Measured, Row
@@ -22,7 +21,6 @@ from refine_af.config import Lora, Mesh, Model, Ppo, Sampling
 from refine_af.mesh import shard_batch
 from refine_af.models import lora as lora_lib
 from refine_af.models.config import ModelConfig
-from refine_af.models.weights import expected_shapes
 from refine_af.policy import Policy
 from refine_af.requests import Completion, Request
 from refine_af.rollout import Layout, Reading, Rollout
@@ -37,6 +35,7 @@ OPTIONS = Ppo(
     num_epochs=1,
     num_minibatches=1,
     num_microbatches=4,
+    remat="cheap",
     learning_rate=1e-4,
     warmup_steps=0,
     checkpoint_every=1,
@@ -69,11 +68,8 @@ def limit_seconds(shape: ModelConfig, limits: Limits) -> float:
     """Least time: products of all tokens forward and of their gradients back through the layers,
     those of answers through the head; attention is left out.
     """
-    weights = sum(math.prod(s) for s in expected_shapes(shape).values())
-    head = shape.vocab_size * shape.embed_dim
-    layers = weights - head * (1 if shape.tie_embeddings else 2)
-    tokens = _ROWS * (_PROMPT + _ANSWER)
-    return 2 * 2 * (layers * tokens + head * _ROWS * _ANSWER) / limits.flops
+    forward = flops.forward(shape, _ROWS * (_PROMPT + _ANSWER), _ROWS * _ANSWER)
+    return 2 * forward / limits.flops
 
 
 def _make(source: str, folder: str) -> ModelConfig:

@@ -129,15 +129,19 @@ class Limits:
 
 def measure_limits(dtype: str) -> Limits:
     """Largest measured rate of reading 1 GiB, and of products of 4096 x 4096 matrices."""
-    size = 4096
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
     data = jnp.ones((1 << 28,), jnp.float32)
     total = jax.jit(jnp.sum)
     return Limits(
         bandwidth=data.nbytes / _fastest(lambda: total(data)),
-        flops=2 * size**3 / _fastest(lambda: product(x)),
+        flops=product_rate(jnp.dtype(dtype), 4096),
     )
+
+
+def product_rate(dtype: jnp.dtype, size: int) -> float:
+    """Largest measured operations a second of a product of two `size x size` matrices."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+    return 2 * size**3 / _fastest(lambda: product(x))
 
 
 def _fastest(run: Callable[[], jax.Array]) -> float:

@@ -21,6 +21,8 @@ REMATS = ("none", "cheap", "full")
 TRAINED = ("lora", "full")
 CRITICS = ("shared", "separate")
 OPTIMIZERS = ("adam", "adafactor")  # adafactor: second moments as rows and columns
+SCHEDULES = ("linear", "cosine", "constant")
+TRACKERS = ("tensorboard", "wandb")
 ESTIMATORS = ("gae", "rloo", "grpo")
 KL_CONTROLLERS = ("adaptive", "fixed")
 NORMALISATIONS = ("none", "batch")  # as they are; mean 0 and deviation 1 over the batch's answers
@@ -211,7 +213,7 @@ class Reward:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ppo:
-    """Stage 2, proximal policy optimisation (arXiv 1707.06347) on a shared LoRA trunk."""
+    """Stage 2, proximal policy optimisation (arXiv 1707.06347)."""
 
     num_steps: int  # rollouts
     batch_size: int  # answers a rollout
@@ -227,7 +229,8 @@ class Ppo:
     remat: str = "full"  # one of REMATS
     row_length: int = 0  # columns that texts are packed into; the longest text's where that is more
     learning_rate: float
-    warmup_steps: int  # optimizer steps of linear warm-up; linear decay to 0 afterwards
+    warmup_steps: int  # optimizer steps of linear warm-up
+    schedule: str = "linear"  # one of SCHEDULES: how the learning rate falls to 0 afterwards
     max_grad_norm: float = 1.0
     adam_eps: float = 1e-5
     gamma: float = 1.0  # of gae
@@ -249,6 +252,9 @@ class Ppo:
     keep_checkpoints: int = 2
     num_eval_prompts: int = 0  # instructions kept from training, to measure the reward on
     num_eval_samples: int = 4  # answers to each of them
+    eval_every: int = 0  # steps between looks at one answer to each of them; 0: none
+    sample_ahead: bool = False  # while a server or function scores a rollout, sample the next one
+    trackers: tuple[str, ...] = ("tensorboard",)  # of TRACKERS
     int8_weights: bool = False  # of rollouts; their drift is `drift/logprob_max` in the metrics
     int8_cache: bool = False  # of rollouts
     lora: Lora
@@ -264,8 +270,11 @@ class Ppo:
         require_one_of("ppo.trained", self.trained, TRAINED)
         require_one_of("ppo.critic", self.critic, CRITICS)
         require_one_of("ppo.optimizer", self.optimizer, OPTIMIZERS)
-        require_at_least(0, self, "ppo.", "critic_warmup")
+        require_at_least(0, self, "ppo.", "critic_warmup", "eval_every")
         require_one_of("ppo.remat", self.remat, REMATS)
+        require_one_of("ppo.schedule", self.schedule, SCHEDULES)
+        for tracker in self.trackers:
+            require_one_of("ppo.trackers", tracker, TRACKERS)
         require_one_of("ppo.estimator", self.estimator, ESTIMATORS)
         require_one_of("ppo.kl_controller", self.kl_controller, KL_CONTROLLERS)
         least = 1 if self.estimator == "gae" else 2
@@ -288,6 +297,10 @@ class Ppo:
         require(
             self.num_eval_prompts == 0 or self.num_eval_prompts > 1,
             f"ppo.num_eval_prompts={self.num_eval_prompts}: expected 0 or at least 2",
+        )
+        require(
+            not self.eval_every or self.num_eval_prompts > 0,
+            f"ppo.eval_every={self.eval_every}: needs num_eval_prompts, instructions to measure on",
         )
         pieces = self.num_minibatches * self.num_microbatches
         require(

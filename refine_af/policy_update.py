@@ -22,18 +22,17 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def optimizer(options: config_lib.Ppo) -> optax.GradientTransformation:
-    """Adam with global-norm clipping, linear warm-up and linear decay to 0."""
+    """Adam or Adafactor with global-norm clipping, linear warm-up, then the schedule's decay."""
     total = options.num_steps * options.num_epochs * options.num_minibatches
     warmup = min(options.warmup_steps, total)
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(
-                options.learning_rate / (warmup + 1), options.learning_rate, warmup
-            ),
-            optax.linear_schedule(options.learning_rate, 0.0, max(total - warmup, 1)),
-        ],
-        [warmup],
-    )
+    rate, rest = options.learning_rate, max(total - warmup, 1)
+    decay = {
+        "linear": optax.linear_schedule(rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(rate, rest),
+        "constant": optax.constant_schedule(rate),
+    }
+    rise = optax.linear_schedule(rate / (warmup + 1), rate, warmup)
+    schedule = optax.join_schedules([rise, decay[options.schedule]], [warmup])
     if options.optimizer == "adafactor":
         # Its own clipping and scaling by the parameters' size are for training from scratch.
         step = optax.adafactor(

@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from markupsafe import Markup
@@ -20,10 +20,12 @@ from refine_af import diversity, plots
 from refine_af.records import Row, read_rows, write_text
 
 Section = dict[str, Any]
+T = TypeVar("T")
 
 _TEMPLATE = "report.html.j2"
 _NUM_SAMPLES = 8
 _NUM_ROLLOUTS = 4  # shown of the first and of the last step
+_NUM_LOOKS = 4  # answers to one instruction during training
 _NUM_PREDICTIONS = 12
 _NONE, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 _MAX_TEXT = 1200  # characters of one shown text
@@ -135,6 +137,8 @@ def _ppo(workdir: Path) -> Section | None:
             part: _median(_values(rows, f"time/{part}")) for part in ("sample", "score", "update")
         },
         "metrics": _extremes(rows),
+        "alarms": read_rows(workdir / "ppo" / "alarms.jsonl"),
+        "samples": _during_training(read_rows(workdir / "ppo" / "samples.jsonl")),
         "rollouts": _first_and_last(read_rows(workdir / "ppo" / "rollouts.jsonl")),
         "components_of": _component_names(rows),
         "held_out": _held_out(workdir),
@@ -236,7 +240,7 @@ def _timings(workdir: Path) -> Section | None:
 # Rows and numbers for the tables.
 
 
-def _spread(rows: Sequence[Row], count: int) -> list[Row]:
+def _spread(rows: Sequence[T], count: int) -> list[T]:
     """At most `count` rows, evenly spaced from the first to the last: a sample nobody picked."""
     if len(rows) <= count:
         return list(rows)
@@ -261,6 +265,17 @@ def _reasons(rejected: Iterable[Row], text: str, meanings: Mapping[str, str]) ->
             "example": _clip(rows[0][text], _MAX_EXAMPLE),
         }
         for reason, rows in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
+    ]
+
+
+def _during_training(samples: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    """Some instructions, each with its answers after some of the steps that were looked at."""
+    answers: dict[str, list[Row]] = defaultdict(list)
+    for row in samples:
+        answers[row["instruction"]].append(row)
+    return [
+        (instruction, _spread(rows, _NUM_LOOKS))
+        for instruction, rows in _spread(list(answers.items()), _NUM_ROLLOUTS)
     ]
 
 

@@ -1,22 +1,23 @@
 """Stage 2: reinforcement learning from automated feedback.
 
-One step: pick instructions -> sample answers with the policy -> score them with the
-oracle -> read policy, critic and reference -> update.
+One step: pick instructions -> sample answers with the policy -> read policy, critic and
+reference -> score them with the oracle -> update.
 """
 
 import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from absl import logging
-from tensorboardX import SummaryWriter
 
 from refine_af import (
     alarms,
     checkpoints,
+    flops,
     policy_update,
     ppo_evaluation,
     prompts,
@@ -25,6 +26,7 @@ from refine_af import (
     rollout,
     rollout_metrics,
     tokens,
+    tracking,
     training,
 )
 from refine_af.base_model import BaseModel
@@ -39,13 +41,15 @@ from refine_af.requests import Completion, Request
 from refine_af.rollout import Layout, Reading, Rollout
 from refine_af.score_cache import CachedOracle
 from refine_af.seeds import SeedTask
+from refine_af.tracking import Tracker
 from refine_af.training import TrainState
 
 CHECKPOINTS = "ppo/checkpoints"
 METRICS = "ppo/metrics.jsonl"
 ROLLOUTS = "ppo/rollouts.jsonl"
+SAMPLES = "ppo/samples.jsonl"
 ALARMS = "ppo/alarms.jsonl"
-_RECORDS = (METRICS, ROLLOUTS, ALARMS)
+_RECORDS = (METRICS, ROLLOUTS, SAMPLES, ALARMS)
 SCORES = "ppo/scores.sqlite"  # what the oracle has said of answers
 _MAX_SKIPPED = 5  # optimizer steps with a gradient that is not finite
 
@@ -77,15 +81,24 @@ class RlafStage:
         ) as manager:
             first, state = checkpoints.restore_latest(manager, new_state(self.config, self.base))
             history = records.cut([self.workdir / name for name in _RECORDS], first, "step")[0]
+            ahead: _Sampled | None = None
             with (
-                SummaryWriter(str(self.workdir / "ppo"), purge_step=first) as writer,
+                tracking.open_trackers(self.workdir / "ppo", self.config, first) as trackers,
                 bar("ppo", total=options.num_steps, unit="step", done=first) as progress,
             ):
                 for step in range(first, options.num_steps):
-                    state, metrics, rows = self._step(step, state, update, batches[step], layout)
+                    sampled = ahead or self._sampled(state, batches[step], layout)
+                    waits = self._samples_ahead(step + 1)
+                    ahead = self._sampled(state, batches[step + 1], layout) if waits else None
+                    state, metrics, rows = self._learn(step, state, update, sampled)
                     training.check_skipped(state, _MAX_SKIPPED, f"ppo step {step}", metrics)
+                    samples: list[Row] = []
+                    if options.eval_every and (step + 1) % options.eval_every == 0:
+                        looked_at = measured[:: options.num_eval_samples]
+                        figures, samples = self._look(step, state, looked_at)
+                        metrics |= figures
                     history.append({"step": step, **metrics})
-                    self._record(history, rows, writer)
+                    self._record(history, rows, samples, trackers)
                     if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.num_steps:
                         checkpoints.save(manager, step + 1, state)
                     progress.update()
@@ -97,7 +110,23 @@ class RlafStage:
         if measured:
             self._evaluate(state, measured, layout)
 
-    def _record(self, history: Sequence[Row], rows: Sequence[Row], writer: SummaryWriter) -> None:
+    def _samples_ahead(self, step: int) -> bool:
+        """Whether a step's answers are of the policy one step back.
+
+        Not those behind a checkpoint, which does not hold that policy: a resumed run is to sample
+        what an undisturbed one has sampled.
+        """
+        options = self.config.ppo
+        follows_checkpoint = step % options.checkpoint_every == 0
+        return options.sample_ahead and step < options.num_steps and not follows_checkpoint
+
+    def _record(
+        self,
+        history: Sequence[Row],
+        rows: Sequence[Row],
+        samples: Sequence[Row],
+        trackers: Sequence[Tracker],
+    ) -> None:
         """Write down the newest step, and tell of trouble that began with it."""
         step = history[-1]["step"]
         found = alarms.check(history, self.config.ppo)
@@ -107,10 +136,13 @@ class RlafStage:
             self.workdir / ALARMS, [{"step": step, "alarm": line} for line in found]
         )
         records.append_rows(self.workdir / ROLLOUTS, rows)
+        records.append_rows(self.workdir / SAMPLES, samples)
         records.append_rows(self.workdir / METRICS, history[-1:])
-        for name, value in history[-1].items():
-            if name != "step":
-                writer.add_scalar(name, value, step)
+        figures = {name: value for name, value in history[-1].items() if name != "step"}
+        for tracker in trackers:
+            tracker.figures(step, figures)
+            if samples:
+                tracker.samples(step, samples)
 
     def _layout(self, longest_prompt: int) -> Layout:
         """Shape of the run's rollouts."""
@@ -164,38 +196,68 @@ class RlafStage:
         ids = tokens.encode_prompt(self.base.tokenizer, text, self.config.prompts.format)
         return Request(tuple(ids), self.config.ppo.sampling, seed)
 
-    def _step(
-        self,
-        step: int,
-        state: TrainState,
-        update: Any,
-        batch: tuple[list[Request], list[str]],
-        layout: Layout,
-    ) -> tuple[TrainState, dict[str, float], list[Row]]:
+    def _sampled(
+        self, state: TrainState, batch: tuple[list[Request], list[str]], layout: Layout
+    ) -> "_Sampled":
+        """Answers of the policy as it is, and what it, critic and reference say of them."""
         requests, instructions = batch
         began = time.monotonic()
         completions = self._sample(state.params, requests, instructions)
         sampled = time.monotonic()
+        rows, reading = self._read(state, requests, completions, layout)
+        jax.block_until_ready(reading)
+        times = {"time/sample": sampled - began, "time/read": time.monotonic() - sampled}
+        return _Sampled(requests, instructions, completions, rows, reading, times)
+
+    def _learn(
+        self, step: int, state: TrainState, update: Any, sampled: "_Sampled"
+    ) -> tuple[TrainState, dict[str, float], list[Row]]:
+        """Score answers and update the policy with them."""
+        requests, instructions, completions, rows, reading, times = sampled
+        began = time.monotonic()
         examples, judgements = self._judge(instructions, completions, self.config.reward)
         scored = time.monotonic()
-        scores = [j.reward for j in judgements]
-        rows, reading = self._read(state, requests, completions, scores, layout)
+        scores = np.asarray([j.reward for j in judgements], np.float32)
+        rows = rows._replace(score=shard_batch(self.base.mesh, scores))
         key = key_of(self.config.seed, "ppo/permutation", step)
         state, metrics = update(self.base.params, state, rows, reading, key)
         figures = {name: float(value) for name, value in metrics.items()}
-        done = time.monotonic()
+        times |= {"time/score": scored - began, "time/update": time.monotonic() - scored}
         figures |= rollout_metrics.of(completions, judgements)
         figures["ppo/skipped"] = float(state.skipped)
         figures["batch/padding_share"] = rollout.padding_share(requests, completions, rows)
         figures["drift/logprob_max"] = rollout.drift(completions, reading)
-        figures |= {
-            "time/sample": sampled - began,
-            "time/score": scored - sampled,
-            "time/update": done - scored,
-            "memory/peak_gib": rollout_metrics.peak_memory(),
-            "time/tokens_per_second": sum(len(c.token_ids) for c in completions) / (done - began),
-        }
+        figures |= times
+        figures["time/tokens_per_second"] = sum(len(c.token_ids) for c in completions) / sum(
+            times.values()
+        )
+        figures["time/mfu"] = self._operations(requests, completions) / (
+            flops.peak(self.config.model.dtype) * (times["time/read"] + times["time/update"])
+        )
+        figures["memory/peak_gib"] = rollout_metrics.peak_memory()
         return state, figures, _answer_rows(step, instructions, completions, examples, judgements)
+
+    def _operations(self, requests: Sequence[Request], completions: Sequence[Completion]) -> float:
+        """Of a rollout's reading and update."""
+        predictions = sum(len(c.token_ids) for c in completions)
+        texts = sum(len(r.prompt_ids) for r in requests) + predictions
+        return flops.of_step(self.base.config, self.config.ppo, texts, predictions)
+
+    def _look(
+        self, step: int, state: TrainState, requests: list[Request]
+    ) -> tuple[dict[str, float], list[Row]]:
+        """(figures named `eval/...`, rows) of an answer to each held-out instruction."""
+        completions = self._sample(state.params, requests, self.held_out)
+        examples, judgements = self._judge(self.held_out, completions, self._absolute)
+        figures = rollout_metrics.of(completions, judgements)
+        return {f"eval/{name}": value for name, value in figures.items()}, _answer_rows(
+            step, self.held_out, completions, examples, judgements
+        )
+
+    @property
+    def _absolute(self) -> Reward:
+        """The reward for comparing batches: normalised over its own answers, each has one mean."""
+        return dataclasses.replace(self.config.reward, normalise="none")
 
     def _judge(
         self, instructions: Sequence[str], completions: Sequence[Completion], options: Reward
@@ -209,12 +271,12 @@ class RlafStage:
         state: TrainState,
         requests: Sequence[Request],
         completions: Sequence[Completion],
-        scores: Sequence[float],
         layout: Layout,
     ) -> tuple[Rollout, Reading]:
-        """A batch of answers on the mesh, and what the models say of it."""
+        """A batch of answers on the mesh, not yet scored, and what the models say of it."""
         options = self.config.ppo
-        rows = shard_batch(self.base.mesh, rollout.build(requests, completions, scores, layout))
+        unscored = [0.0] * len(completions)
+        rows = shard_batch(self.base.mesh, rollout.build(requests, completions, unscored, layout))
         return rows, rollout.jit_read(
             Policy(self.base, options).definition,
             self.base.definition,
@@ -229,15 +291,12 @@ class RlafStage:
         """Compare the answers to held-out instructions before and after training."""
         count = self.config.ppo.num_eval_samples
         instructions = [text for text in self.held_out for _ in range(count)]
-        # Normalised over its own answers each arm would have the same mean.
-        absolute = dataclasses.replace(self.config.reward, normalise="none")
-
         progress = bar("ppo evaluation", total=2 * len(requests), unit="answer")
 
         def answer(arm: str) -> ppo_evaluation.Arm:
             params = state.params if arm == "after" else new_state(self.config, self.base).params
             completions = self._sample(params, requests, instructions, progress)
-            _, judgements = self._judge(instructions, completions, absolute)
+            _, judgements = self._judge(instructions, completions, self._absolute)
             if arm == "before":
                 return completions, judgements, np.zeros(len(requests))
             return completions, judgements, self._kl(state, requests, completions, layout)
@@ -257,7 +316,7 @@ class RlafStage:
         for first in range(0, len(requests), size):
             some = np.resize(np.arange(first, min(first + size, len(requests))), size).tolist()
             chosen = [requests[i] for i in some], [completions[i] for i in some]
-            _, reading = self._read(state, *chosen, [0.0] * size, layout)
+            _, reading = self._read(state, *chosen, layout)
             found.append(np.asarray(reading.logprobs - reading.ref_logprobs).sum(axis=1))
         return np.concatenate(found)[: len(requests)]
 
@@ -291,6 +350,17 @@ class RlafStage:
             completion.text, accept_unmarked=self.config.prompts.accept_unmarked_output
         )
         return rewards.Example(instruction, *pair) if pair and pair[1] else None
+
+
+class _Sampled(NamedTuple):
+    """A rollout before it is scored."""
+
+    requests: list[Request]
+    instructions: list[str]
+    completions: list[Completion]
+    rows: Rollout  # score: 0
+    reading: Reading
+    times: dict[str, float]  # seconds by phase
 
 
 def new_state(config: Experiment, base: BaseModel) -> TrainState:

@@ -52,6 +52,8 @@ OTHERS = {
     "ppo.trained": "full",
     "ppo.critic": "separate",
     "ppo.optimizer": "adafactor",
+    "ppo.schedule": "cosine",
+    "ppo.trackers": ("wandb",),
     "ppo.estimator": "rloo",
     "ppo.group_size": 4,
     "ppo.remat": "none",

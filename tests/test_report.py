@@ -120,6 +120,10 @@ def write_stage_files(path: Path) -> None:
         path / "ppo/rollouts.jsonl",
         [rollout(0, None), rollout(1, "the middle"), rollout(3, "the end")],
     )
+    looks = [rollout(1, None), rollout(3, f"much later {HOSTILE}")]
+    looks[1]["completion"] = looks[1]["output"]
+    append_rows(path / "ppo/samples.jsonl", looks)
+    append_rows(path / "ppo/alarms.jsonl", [{"step": 2, "alarm": f"length drift: {HOSTILE}"}])
     before, after = (
         {
             "reward": late - 0.5,
@@ -191,7 +195,8 @@ def test_all_figures_are_drawn(workdir: Path) -> None:
 def test_model_text_is_shown_and_not_run(workdir: Path) -> None:
     page = read(workdir)
     assert "script" not in {tag for tag, _ in page.tags}
-    assert page.text.count(HOSTILE) == 4  # once as an instruction, three times as an instance
+    # Once as an instruction, three times as an instance, in an alarm and in a sample.
+    assert page.text.count(HOSTILE) == 6
 
 
 def test_nothing_is_loaded(workdir: Path) -> None:
@@ -242,6 +247,10 @@ def test_samples_of_every_stage(workdir: Path) -> None:
     assert "not usable completion of step 0 \N{MINUS SIGN}1.00" in text
     assert "the end 0.25 1.50 0.50 0.25 0.12 by itself" in text
     assert "the middle" not in text
+    assert "Step 2: length drift: Explain" in text
+    assert (
+        "Write a story. 2 not usable completion of step 1 \N{MINUS SIGN}1.00 4 much later" in text
+    )
     assert "a a-0 base says 0 refine_af says 0" in text
     assert "says 1" not in text
     assert 'ppo.lora.rank = 16 ppo.sampling.stop = ["\\n"]' in text

@@ -1,0 +1,60 @@
+"""Floating-point operations of a PPO step, and what a device can do at best: for MFU.
+
+MFU is the share of the peak that the *model's* operations reach (Chowdhery et al., arXiv
+2204.02311, appendix B): what is computed again to save memory does not count, nor does attention.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from refine_af import benchmarks
+from refine_af.config import Ppo
+from refine_af.models.config import ModelConfig
+from refine_af.models.weights import expected_shapes
+
+# Dense bfloat16 operations a second of one device, from the makers' data sheets.
+_PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+_SIZE = 2048  # of the product that is measured where the device is not known
+
+
+@functools.cache
+def peak(dtype: str) -> float:
+    """Operations a second of all devices: as the maker says, or measured in a tenth of a second."""
+    kind = jax.devices()[0].device_kind
+    if kind in _PEAKS:
+        return _PEAKS[kind] * jax.device_count()
+    # Simulated devices share one processor, so that its rate is that of all.
+    return benchmarks.product_rate(jnp.dtype(dtype), _SIZE)
+
+
+def forward(model: ModelConfig, num_tokens: int, num_predictions: int) -> float:
+    """Of all linear maps: two for each weight and token, in the head for each prediction."""
+    weights = sum(math.prod(shape) for shape in expected_shapes(model).values())
+    head = model.vocab_size * model.embed_dim
+    layers = weights - head * (1 if model.tie_embeddings else 2)
+    return 2.0 * (layers * num_tokens + head * num_predictions)
+
+
+def of_step(model: ModelConfig, options: Ppo, num_tokens: int, num_predictions: int) -> float:
+    """Of reading a rollout and of its update.
+
+    A backward pass costs as much as a forward one for what goes back through frozen weights, and
+    twice as much where they have gradients.
+    """
+    policy = forward(model, num_tokens, num_predictions)
+    critic = forward(model, num_tokens, 0) if options.critic == "separate" else 0.0
+    passes = options.num_epochs * (2 if options.trained == "lora" else 3)
+    return 2 * policy + critic + passes * (policy + critic)
