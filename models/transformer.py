@@ -10,12 +10,14 @@ Axis letters as in `layers`.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from refine_af.models import attention, rotary
@@ -47,6 +49,7 @@ class Transformer(nnx.Module):
         table = (config.vocab_size, config.embed_dim)
         self.config = config
         self.stacked = stacked
+        self.rows: NamedSharding | None = None  # see `Definition`
         self.embedding = nnx.Param(init(rngs.params(), table, param_dtype), axes=("vocab", "embed"))
         if stacked:
             make = nnx.vmap(lambda r: Block(config, lora=lora, rngs=r))
@@ -91,7 +94,7 @@ class Transformer(nnx.Module):
         offset = jnp.zeros_like(start) if offset is None else offset.reshape(tokens.shape[0], -1)
         positions = jnp.maximum(columns[None] - start + offset, 0)
         rotaries = self._rotaries(positions)
-        x = self._embed(tokens)
+        x = self._split_rows(self._embed(tokens))
         if cache is None and prefix is None and self.stacked:
             x, kept = self._scan(x, rotaries, start, remat=remat)
             layers = [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(len(self.kinds))]
@@ -113,6 +116,16 @@ class Transformer(nnx.Module):
         if not self.config.scale_embeddings:
             return x
         return x * jnp.asarray(self.config.embed_dim**0.5, self.config.dtype).astype(jnp.float32)
+
+    def _split_rows(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Keep the residual stream split by rows where the devices divide these.
+
+        Left alone, the compiler may rather gather the batch than the weights.
+        """
+        if self.rows is None:
+            return x
+        divides = x.shape[0] % math.prod(self.rows.mesh.shape[a] for a in self.rows.spec[0]) == 0
+        return jax.lax.with_sharding_constraint(x, self.rows) if divides else x
 
     def _rotaries(self, positions: Int[Array, "B T"]) -> tuple[Rotary, Rotary]:
         """Tables of the layers that see everything, and of those with a window."""
@@ -158,7 +171,8 @@ class Transformer(nnx.Module):
             params, flag = scanned
             is_global = kinds[0] if len(set(kinds)) == 1 else flag
             tables = _pick(is_global, *rotaries)
-            return nnx.merge(definition, params)(x, tables, whole.attend(is_global))
+            y, kept = nnx.merge(definition, params)(x, tables, whole.attend(is_global))
+            return self._split_rows(y), kept
 
         keep = jax.checkpoint_policies.save_only_these_names(LINEAR) if remat == "cheap" else None
         body = layer if remat == "none" else jax.checkpoint(layer, policy=keep)
@@ -304,11 +318,16 @@ class _Whole:
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-    """The static half of a split `Transformer`: hashable, to be closed over by jitted code."""
+    """The static half of a split `Transformer`: hashable, to be closed over by jitted code.
+
+    Attributes:
+        rows: layout of the residual stream [B, T, D], split along B; None: as the compiler likes.
+    """
 
     graph: nnx.GraphDef
     config: ModelConfig
     lora: LoraConfig | None
+    rows: NamedSharding | None = None
 
 
 def _build(config: ModelConfig, lora: LoraConfig | None, stacked: bool, key: Array) -> Transformer:
@@ -320,11 +339,15 @@ def _build(config: ModelConfig, lora: LoraConfig | None, stacked: bool, key: Arr
 
 @functools.lru_cache(maxsize=64)
 def define(
-    config: ModelConfig, lora: LoraConfig | None = None, *, stacked: bool = True
+    config: ModelConfig,
+    lora: LoraConfig | None = None,
+    *,
+    stacked: bool = True,
+    rows: NamedSharding | None = None,
 ) -> Definition:
     """Definition of a decoder without making any array."""
     model = nnx.eval_shape(lambda: _build(config, lora, stacked, jax.random.key(0)))
-    return Definition(nnx.split(model)[0], config, lora)
+    return Definition(nnx.split(model)[0], config, lora, rows)
 
 
 def _split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -377,7 +400,9 @@ def _nest(flat: dict[tuple[Any, ...], Any]) -> Params:
 def bind(definition: Definition, base: Params, adapter: Params | None = None) -> Transformer:
     """Module of these parameters, to be called inside traced code; costs nothing at run time."""
     states = [nnx.State(base)] if adapter is None else [nnx.State(adapter), nnx.State(base)]
-    return nnx.merge(definition.graph, *states)
+    model: Transformer = nnx.merge(definition.graph, *states)
+    model.rows = definition.rows
+    return model
 
 
 def unstack_layers(base: Params) -> Params:

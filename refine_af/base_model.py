@@ -56,7 +56,8 @@ class BaseModel:
 
     def adapted(self, options: config_lib.Lora) -> Definition:
         """Definition of this model with adapters."""
-        return transformer.define(self.config, lora_config(options))
+        rows = mesh_lib.rows_split(self.mesh)
+        return transformer.define(self.config, lora_config(options), rows=rows)
 
     def new_adapter(self, options: config_lib.Lora, key: Array) -> Params:
         """Fresh adapter, float32: it changes nothing until it is trained."""
@@ -154,7 +155,7 @@ def load(options: config_lib.Model, mesh_options: config_lib.Mesh) -> BaseModel:
     shardings = mesh_lib.param_shardings(source.config, None, mesh)[0]
     return BaseModel(
         source=source,
-        definition=transformer.define(source.config),
+        definition=transformer.define(source.config, rows=mesh_lib.rows_split(mesh)),
         params=source.load(shardings),
         mesh=mesh,
     )

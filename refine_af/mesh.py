@@ -128,10 +128,15 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def rows_split(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of a training batch: first axis over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
 def keep_rows_split(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Inside traced code: first axes stay split over the batch axes, where these divide them."""
     parts = batch_parts(mesh)
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+    sharding = rows_split(mesh)
 
     def keep(x: jax.Array) -> jax.Array:
         divides = x.ndim > 0 and x.shape[0] % parts == 0

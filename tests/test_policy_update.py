@@ -3,6 +3,7 @@ when numbers go bad.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -38,6 +39,8 @@ from updates import (
 from refine_af import config as config_lib
 from refine_af import policy_update, rewards, rollout, training
 from refine_af.config import Ppo, Sampling
+from refine_af.mesh import shard_batch
+from refine_af.models.transformer import Definition, Params
 from refine_af.rollout import Rollout
 from refine_af.training import TrainState
 
@@ -127,6 +130,31 @@ def test_every_answer_token_is_predicted_once() -> None:
     back = np.asarray(rows.of_answers(jnp.asarray(next_tokens)))
     for completion, ids in zip(completions, back, strict=True):
         assert ids[: len(completion.token_ids)].tolist() == list(completion.token_ids)
+
+
+def test_activations_stay_where_their_rows_are() -> None:
+    """Weights are gathered layer by layer; nothing as large as a batch's residual stream is moved.
+
+    The compiler's own choice, with nothing said, is to gather the batch.
+    """
+    home = base((1, 8, 1))
+    rows = shard_batch(home.mesh, pack(answers()[1], layout=SPLIT))
+    places = rollout.Places(rows.tokens, rows.start, rows.columns)
+
+    def largest(definition: Definition) -> int:
+        def loss(adapter: Params) -> jax.Array:
+            hidden = rollout.hidden_states(definition, home.params, adapter, places, remat="full")
+            return jnp.sum(hidden**2)
+
+        adapter = home.new_adapter(OPTIONS.lora, jax.random.key(0))
+        text = jax.jit(jax.grad(loss)).lower(adapter).compile().as_text()
+        moved = re.findall(r"= (.*?) (?:all-gather|all-reduce|all-to-all)\(", text)
+        shapes = re.findall(r"\[([\d,]+)\]", " ".join(moved))
+        return max(int(np.prod(list(map(int, shape.split(","))))) for shape in shapes)
+
+    stream = rows.tokens.size * home.config.embed_dim
+    definition = home.adapted(OPTIONS.lora)
+    assert largest(definition) < stream <= largest(dataclasses.replace(definition, rows=None))
 
 
 @pytest.mark.parametrize(

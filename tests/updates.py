@@ -68,7 +68,8 @@ def base(sizes: Sizes = ONE_DEVICE) -> BaseModel:
         mesh_lib.param_shardings(TINY, None, mesh)[0],
     )
     source = source_of(TINY, params, EOS, byte_tokenizer())
-    return BaseModel(source, transformer.define(TINY), params, mesh)
+    definition = transformer.define(TINY, rows=mesh_lib.rows_split(mesh))
+    return BaseModel(source, definition, params, mesh)
 
 
 @functools.cache
