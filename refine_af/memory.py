@@ -35,6 +35,12 @@ def free_bytes(mesh: jax.sharding.Mesh) -> int:
     return int(_SHARE * least)
 
 
+def device_bytes(device: jax.Device, num_devices: int) -> int:
+    """Memory of a device; the host's, in equal parts, where it does not say."""
+    stats = device.memory_stats()
+    return int(stats["bytes_limit"] if stats else psutil.virtual_memory().total // num_devices)
+
+
 def affordable_slots(
     config: ModelConfig,
     mesh: jax.sharding.Mesh,

@@ -1,0 +1,73 @@
+"""Compile a run's programs for devices that need not be there, and say whether they fit.
+
+--topology is a TPU slice (v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4, ...), for which the real
+compiler of TPUs runs on any machine after `pip install -e ".[tpu]"`, or `local`: the devices at
+hand. Exit status 1 when a program does not leave a tenth of the memory free.
+"""
+
+import sys
+
+from absl import flags as absl_flags
+
+from refine_af import compilation
+from refine_af.compilation import GIB, Figures
+from refine_af.launch import flags
+
+_TOPOLOGY = absl_flags.DEFINE_string("topology", "local", "TPU slice, or local.")
+_PROGRAM = absl_flags.DEFINE_list(
+    "program", ["update", "sample"], f"Of {', '.join(compilation.KINDS)}."
+)
+_PROMPT = absl_flags.DEFINE_integer(
+    "prompt_length", 1024, "Tokens of the longest prompt.", lower_bound=1
+)
+_SHARDING = absl_flags.DEFINE_bool(
+    "print_sharding", False, "Print every parameter's sharding and its bytes on a device."
+)
+_MOST_COLLECTIVES = 8  # that are printed
+
+
+def main() -> None:
+    """Compile, print, and exit 1 where something does not fit."""
+    unknown = [name for name in _PROGRAM.value if name not in compilation.KINDS]
+    if unknown:
+        raise ValueError(f"--program={unknown[0]}: expected some of {list(compilation.KINDS)}")
+    run = compilation.abstract_run(flags.experiment(), _TOPOLOGY.value, _PROMPT.value)
+    if _SHARDING.value:
+        print("\n".join(compilation.sharding_table(run.base)))
+    fits = True
+    for kind in _PROGRAM.value:
+        for program in run.programs(kind):
+            figures = compilation.compiled(program, run.base)
+            _show(figures)
+            fits &= figures.fits
+    if not fits:
+        sys.exit(1)
+
+
+def _show(figures: Figures) -> None:
+    """Print the figures of a program."""
+    print(f"{figures.program}: compiled in {figures.seconds:.0f} s; on each device")
+    parts = ("arguments", "outputs", "temporaries", "aliased", "resident")
+    sizes = ", ".join(f"{part} {getattr(figures, part) / GIB:.2f}" for part in parts)
+    print(
+        f"  memory (GiB): {sizes}; in all {figures.total / GIB:.2f} of {figures.memory / GIB:.0f}"
+    )
+    ratio = figures.operations / figures.model_operations
+    print(
+        f"  operations: {figures.operations:.3g}, {ratio:.2f} times the model's own; "
+        f"{figures.moved:.3g} bytes moved, loops counted once"
+    )
+    for one in figures.collectives[:_MOST_COLLECTIVES]:
+        print(f"  {one.count} x {one.kind} {one.shape}, {one.size * one.count / 2**20:.0f} MiB")
+    left = figures.collectives[_MOST_COLLECTIVES:]
+    if left:
+        rest = sum(one.size * one.count for one in left)
+        print(f"  {len(left)} smaller kinds of collectives, {rest / 2**20:.0f} MiB")
+    for warning in figures.warnings:
+        print(f"  warning: {warning}")
+    if not figures.fits:
+        print(f"  does not fit: {compilation.remedy(figures)}")
+
+
+if __name__ == "__main__":
+    flags.start(main, with_config=True)

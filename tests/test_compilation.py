@@ -1,0 +1,149 @@
+"""Programs compiled for devices: collectives and operations by hand, a whole run as shapes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from programs import Program, only_its_own_flags, program, refused
+
+from refine_af import compilation, flops, hlo
+from refine_af.compilation import GIB, Figures
+from refine_af.config import Mesh
+from refine_af.configs import tiny
+from refine_af.hlo import Collective
+
+__all__ = ["only_its_own_flags", "program"]
+
+HLO = """HloModule jit_f
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%inner (p: bf16[4]) -> bf16[8] {
+  %gather = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%p), dimensions={0}
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %f = bf16[8] fusion(%q), kind=kLoop, calls=%inner
+  %reduce = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(%a, %b), to_apply=%add
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %loop = (s32[], f32[8]) while(%t), condition=%condition, body=%body
+  %start = (f32[4]{0}, f32[32]{0}) all-gather-start(%x), dimensions={0}
+  %done = f32[32]{0} all-gather-done(%start)
+  ROOT %out = f32[8] all-reduce(%y), to_apply=%add
+}
+"""
+
+
+def test_collectives_count_as_often_as_their_loops_run() -> None:
+    assert hlo.collectives(HLO) == [
+        Collective("all-gather", "bf16[8,16]", 256, 5),
+        Collective("all-reduce", "f32[8] f32[2,2]", 48, 5),
+        Collective("all-gather", "f32[32]", 128, 1),
+        Collective("all-reduce", "f32[8]", 32, 1),
+    ]
+
+
+def test_operations_of_products_in_loops_and_branches() -> None:
+    """A product of [2, 3] and [3, 4] takes 48, of [2, 4] and [4, 4] 64: 48 + 7 * 64 + 64."""
+
+    @jax.jit
+    def f(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+        x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ c), None), a @ b, None, length=7)[0]
+        return jax.lax.cond(x.sum() > 0, lambda: x @ c, lambda: x)
+
+    traced = f.trace(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones((4, 4)))
+    assert hlo.operations(traced.jaxpr.jaxpr) == 48 + 7 * 64 + 64
+
+
+CONFIG = dataclasses.replace(tiny.get_config(), mesh=Mesh(data=2, fsdp=2, tensor=2))
+
+
+@pytest.mark.parametrize("kind", compilation.KINDS)
+def test_every_program_compiles_as_shapes(kind: str) -> None:
+    run = compilation.abstract_run(CONFIG, "local", 40)
+    for one in run.programs(kind):
+        figures = compilation.compiled(one, run.base)
+        assert figures.fits
+        assert figures.arguments > 0
+        assert not figures.warnings, "nothing of the tiny model is large"
+        assert figures.operations >= figures.model_operations
+        assert figures.collectives
+        if kind in ("update", "sft"):
+            assert figures.aliased > 0.9 * compilation.bytes_on_device(one.donated)
+        if kind == "sample":
+            assert figures.resident > compilation.bytes_on_device(run.base.params)
+
+
+def test_operations_are_those_of_the_model_where_attention_is_small() -> None:
+    """6 N D of an update of all weights, 4 N D of an adapter's, without recomputation."""
+    shape = run_of("lora").base.config
+    for trained, passes in (("lora", 2), ("full", 3)):
+        run = run_of(trained)
+        (update,) = run.programs("update")
+        n, t = CONFIG.ppo.batch_size, run._row_length
+        forward = flops.forward(shape, n * t, n * CONFIG.ppo.sampling.max_new_tokens)
+        assert update.model_operations == pytest.approx(2 * passes * forward)  # of two epochs
+
+
+def run_of(trained: str) -> compilation.Run:
+    ppo = dataclasses.replace(CONFIG.ppo, trained=trained)
+    return compilation.abstract_run(dataclasses.replace(CONFIG, ppo=ppo), "local", 40)
+
+
+def figures(**changes: object) -> Figures:
+    sizes = {"outputs": 2, "temporaries": 3, "aliased": 2, "resident": 1, "memory": 16}
+    made = {name: size * GIB for name, size in sizes.items()} | {"arguments": 4 * GIB}
+    rest = {"program": "update", "operations": 1.0, "model_operations": 1.0, "moved": 0.0}
+    empty = {"collectives": [], "warnings": [], "seconds": 0.0}
+    return Figures(**{**made, **rest, **empty, **changes})  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_and_what_to_do() -> None:
+    assert figures().total == 8 * GIB
+    assert figures().fits
+    crowded = figures(temporaries=12 * GIB)
+    assert not crowded.fits
+    assert compilation.remedy(crowded) == (
+        "2.6 GiB too much for 90% of the memory; raise ppo.num_microbatches, or set ppo.remat=full"
+    )
+    assert "more devices" in compilation.remedy(figures(arguments=14 * GIB))
+    sampling = figures(program="sample decode", temporaries=14 * GIB)
+    assert "lower ppo.batch_size" in compilation.remedy(sampling)
+
+
+ARGS = ("--config=tiny", "--config.mesh.fsdp=8", "--program=score", "--prompt_length=40")
+
+
+def test_the_program_prints_and_exits_1_where_something_does_not_fit(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = program("compile_check", *ARGS, "--print_sharding")
+    assert good.code == 0
+    assert "layers/attention/q/kernel" in good.out
+    assert "P(None, 'fsdp', 'tensor')" in good.out
+    assert "score: compiled in" in good.out
+    assert "x all-" in good.out
+    monkeypatch.setattr(compilation, "memory_of", lambda *_: 1000)
+    bad = program("compile_check", *ARGS)
+    assert bad.code == 1
+    assert "does not fit: 0.0 GiB too much" in bad.out
+
+
+def test_bad_flags_are_refused(program: Program) -> None:
+    assert program("compile_check", "--config=tiny", "--program=all") == refused(
+        "--program=all: expected some of ['update', 'sample', 'score', 'sft']"
+    )
+    wrong = program("compile_check", "--config=tiny", "--topology=v9:1x1")
+    assert (wrong.code, wrong.out) == (2, "")
+    assert "--topology=v9:1x1: " in wrong.err
+    assert "expected local or a slice such as v5e:4x4" in wrong.err
