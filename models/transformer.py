@@ -122,10 +122,15 @@ class Transformer(nnx.Module):
 
         Left alone, the compiler may rather gather the batch than the weights.
         """
+        split = self.row_parts(x.shape[0]) > 1
+        return jax.lax.with_sharding_constraint(x, self.rows) if split else x
+
+    def row_parts(self, num_rows: int) -> int:
+        """Parts that so many rows are split into over the devices; 1 where these do not divide."""
         if self.rows is None:
-            return x
-        divides = x.shape[0] % math.prod(self.rows.mesh.shape[a] for a in self.rows.spec[0]) == 0
-        return jax.lax.with_sharding_constraint(x, self.rows) if divides else x
+            return 1
+        parts = math.prod(self.rows.mesh.shape[axis] for axis in self.rows.spec[0])
+        return 1 if num_rows % parts else parts
 
     def _rotaries(self, positions: Int[Array, "B T"]) -> tuple[Rotary, Rotary]:
         """Tables of the layers that see everything, and of those with a window."""

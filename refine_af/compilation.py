@@ -152,7 +152,7 @@ def compiled(program: Program, base: BaseModel) -> Figures:
         aliased=sizes.alias_size_in_bytes,
         resident=program.resident,
         memory=memory_of(mesh.devices.flat[0], mesh.size),
-        operations=hlo.operations(traced.jaxpr.jaxpr) / mesh.size,
+        operations=hlo.operations(traced.jaxpr) / mesh.size,
         model_operations=program.model_operations / mesh.size,
         moved=costs.get("bytes accessed", 0.0),
         collectives=found,

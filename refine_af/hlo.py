@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
@@ -27,29 +29,44 @@ class Collective(NamedTuple):
     count: int  # times that it runs; in a loop of unknown length, once
 
 
+class _Found(NamedTuple):
+    """A collective's line; lines of one channel are pieces of one collective, or copies of it."""
+
+    kind: str
+    shape: str
+    size: int
+    channel: str
+
+
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program, the most bytes in sum first.
 
     A loop's length is the largest constant that its condition compares with.
     """
-    found: dict[str, list[tuple[str, str, int]]] = {}
+    found: dict[str, list[tuple[str, _Found]]] = {}
     calls: dict[str, list[tuple[str, int]]] = {}
     bodies = _bodies(text)
     entry = ""
     for name, (is_entry, lines) in bodies.items():
         entry = name if is_entry else entry
-        found[name] = [one for line in lines for one in _collective(line)]
+        found[name] = [(line, one) for line in lines for one in _collective(line)]
         calls[name] = [call for line in lines for call in _calls(line, bodies)]
-    counts: Counter[tuple[str, str, int]] = Counter()
+    times: Counter[tuple[str, _Found]] = Counter()
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, often: int) -> None:
         for one in found.get(name, ()):
-            counts[one] += times
-        for callee, often in calls.get(name, ()):
-            visit(callee, times * often)
+            times[one] += often
+        for callee, repeated in calls.get(name, ()):
+            visit(callee, often * repeated)
 
     visit(entry, 1)
-    listed = [Collective(*one, count) for one, count in counts.items()]
+    by_channel: dict[_Found, int] = {}
+    for (_, one), often in times.items():
+        by_channel[one] = min(by_channel.get(one, often), often)
+    counts: Counter[tuple[str, str, int]] = Counter()
+    for one, often in by_channel.items():
+        counts[one[:3]] += often
+    listed = [Collective(*one, often) for one, often in counts.items()]
     return sorted(listed, key=lambda c: -c.size * c.count)
 
 
@@ -67,14 +84,16 @@ def _bodies(text: str) -> dict[str, tuple[bool, list[str]]]:
     return bodies
 
 
-def _collective(line: str) -> Iterator[tuple[str, str, int]]:
+def _collective(line: str) -> Iterator[_Found]:
     match = _COLLECTIVE.search(line)
     if not match:
         return
     arrays = [(f"{kind}[{dims}]", _size(kind, dims)) for kind, dims in _ARRAY.findall(match[1])]
     if match[3] and match[2] != "all-reduce":  # (operand, result, ...)
         arrays = [max(arrays, key=lambda array: array[1])]
-    yield match[2], " ".join(shape for shape, _ in arrays), sum(size for _, size in arrays)
+    channel = _CHANNEL.search(line)
+    shape, size = " ".join(shape for shape, _ in arrays), sum(size for _, size in arrays)
+    yield _Found(match[2], shape, size, channel[1] if channel else line)
 
 
 def _size(kind: str, dims: str) -> int:
@@ -96,11 +115,17 @@ def _calls(line: str, bodies: dict[str, tuple[bool, list[str]]]) -> Iterator[tup
             yield name.strip().lstrip("%"), 1
 
 
-def operations(jaxpr: core.Jaxpr) -> float:
+def operations(program: core.ClosedJaxpr) -> float:
     """Floating-point operations of all products of a traced program, over all devices.
 
-    Loops count as often as they run; a `while` loop once, and what a kernel does not at all.
+    Loops count as often as they run; a `while` loop once, and what a kernel does not at all. What
+    nobody asks for, gradients of frozen weights, is left out, as by the compiler.
     """
+    used, _ = partial_eval.dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars))
+    return _operations(used)
+
+
+def _operations(jaxpr: core.Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -110,12 +135,12 @@ def operations(jaxpr: core.Jaxpr) -> float:
             inner = math.prod(shape[axis] for axis in contracted)
             total += 2.0 * math.prod(equation.outvars[0].aval.shape) * inner
         elif name == "cond":
-            total += max(operations(branch.jaxpr) for branch in params["branches"])
+            total += max(_operations(branch.jaxpr) for branch in params["branches"])
         elif name == "while":
-            total += operations(params["body_jaxpr"].jaxpr)
+            total += _operations(params["body_jaxpr"].jaxpr)
         elif name != "pallas_call":
             times = params["length"] if name == "scan" else 1
-            total += times * sum(map(operations, _inner(params)))
+            total += times * sum(map(_operations, _inner(params)))
     return total
 
 

@@ -11,7 +11,7 @@ from refine_af.models import transformer
 from refine_af.models.config import ModelConfig
 from refine_af.models.transformer import Definition, Params, Transformer
 
-# Logits exist for so many positions and vocabulary entries at the same time.
+# Logits exist for so many positions on a device and vocabulary entries at the same time.
 _POSITIONS, _ENTRIES = 256, 16_384
 _MOST_SHARDS = 8  # devices that a block of the vocabulary can be split over
 
@@ -26,13 +26,14 @@ def of_targets(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """(log-probability of each target, entropy in nats), float32.
 
-    The distribution is `softmax(logits / temperature)`. Computed for about 256 positions at a time,
-    some columns of every row, so that rows stay on the devices that hold them; and for blocks of
+    The distribution is `softmax(logits / temperature)`. Computed for about 256 positions a device
+    at a time, some columns of every row, so that rows stay on the devices that hold them and a head
+    that is split over devices is gathered for few pieces; and for blocks of
     the vocabulary (all of it at once where it has no divisor), in both directions: peak memory
     grows with neither.
     """
     batch, length, dim = hidden.shape
-    columns = max(_POSITIONS // batch, 1)
+    columns = max(_POSITIONS * model.row_parts(batch) // batch, 1)
     columns = -(-length // -(-length // columns))  # of equal pieces, little is padding
     padding = -length % columns
     padded = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))

@@ -1,6 +1,7 @@
 """Programs compiled for devices: collectives and operations by hand, a whole run as shapes."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,8 @@ HLO = """HloModule jit_f
 }
 
 %inner (p: bf16[4]) -> bf16[8] {
-  %gather = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%p), dimensions={0}
+  %gather = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, dimensions={0}
+  %piece = bf16[8,16]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=3, dimensions={0}
 }
 
 %body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
@@ -54,15 +56,21 @@ def test_collectives_count_as_often_as_their_loops_run() -> None:
 
 
 def test_operations_of_products_in_loops_and_branches() -> None:
-    """A product of [2, 3] and [3, 4] takes 48, of [2, 4] and [4, 4] 64: 48 + 7 * 64 + 64."""
+    """A product of [2, 3] and [3, 4] takes 48, of [2, 4] and [4, 4] 64: 48 + 7 * 64 + 64.
+
+    That of a and b once more is not asked for.
+    """
 
     @jax.jit
     def f(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
-        x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ c), None), a @ b, None, length=7)[0]
+        def step(carry: tuple[jax.Array, jax.Array], _: None) -> tuple[Any, None]:
+            return (jnp.tanh(carry[0] @ c), a @ b), None
+
+        x = jax.lax.scan(step, (a @ b, a @ b), None, length=7)[0][0]
         return jax.lax.cond(x.sum() > 0, lambda: x @ c, lambda: x)
 
     traced = f.trace(jnp.ones((2, 3)), jnp.ones((3, 4)), jnp.ones((4, 4)))
-    assert hlo.operations(traced.jaxpr.jaxpr) == 48 + 7 * 64 + 64
+    assert hlo.operations(traced.jaxpr) == 48 + 7 * 64 + 64
 
 
 CONFIG = dataclasses.replace(tiny.get_config(), mesh=Mesh(data=2, fsdp=2, tensor=2))
@@ -76,7 +84,8 @@ def test_every_program_compiles_as_shapes(kind: str) -> None:
         assert figures.fits
         assert figures.arguments > 0
         assert not figures.warnings, "nothing of the tiny model is large"
-        assert figures.operations >= figures.model_operations
+        share = 0.8 if one.name == "sample prefill" else 1.0  # nobody asks its last layer
+        assert figures.operations >= share * figures.model_operations
         assert figures.collectives
         if kind in ("update", "sft"):
             assert figures.aliased > 0.9 * compilation.bytes_on_device(one.donated)
