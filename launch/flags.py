@@ -23,6 +23,7 @@ from refine_af.models.sources import cache_dir
 from refine_af.progress import interrupted
 
 _CONFIGS = Path(next(iter(configs.__path__)))
+_MOST_TEXT = 4000  # characters of an error
 
 
 def available_configs() -> list[str]:
@@ -189,6 +190,8 @@ def start(main: Callable[[], None], *, with_config: bool = False, resumes: bool 
         if not isinstance(error, ValueError | OSError | flags.Error) or not _is_for_user(error):
             raise
         text = " ".join(str(error).split())
+        if len(text) > _MOST_TEXT:  # it quotes the input
+            text = f"{text[: _MOST_TEXT // 2]} ... {text[-_MOST_TEXT // 2 :]}"
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
 

@@ -58,6 +58,7 @@ _BATCH_SIZE = absl_flags.DEFINE_integer("batch_size", 16, "Answers at a time.", 
 _INT8_WEIGHTS = absl_flags.DEFINE_bool("int8_weights", False, "Round the weights to int8.")
 _INT8_CACHE = absl_flags.DEFINE_bool("int8_cache", False, "Keep keys and values as int8.")
 
+_MOST_SAMPLES = 100_000  # of a row; each is a request in memory
 _OWN = {field.name for field in dataclasses.fields(Sampling)}
 _KEYS = _OWN | {"prompt", "prompt_token_ids", "seed", "num_samples"}
 
@@ -91,6 +92,8 @@ def request_of(row: Row, number: int, default: Row, base: BaseModel) -> Request:
     count = row.get("num_samples", 1)
     if type(count) is not int or count < 1:
         raise ValueError(f"num_samples={count!r}: expected an int of at least 1")
+    if count > _MOST_SAMPLES:
+        raise ValueError(f"num_samples={count}: expected at most {_MOST_SAMPLES}")
     seed = row.get("seed", _SEED.value + number)
     if type(seed) is not int:
         raise ValueError(f"seed={seed!r}: expected int")

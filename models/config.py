@@ -5,6 +5,8 @@ import math
 
 DTYPES = ("float32", "bfloat16", "float16")
 ACTIVATIONS = ("silu", "gelu_tanh")
+# What a damaged file may claim, before anything is made in that size.
+MOST, MOST_LAYERS = 2**31 - 1, 10_000
 KERNELS = ("auto", "xla", "cudnn", "splash")
 
 
@@ -97,8 +99,17 @@ class ModelConfig:
         counts = ("vocab_size", "num_layers", "num_heads", "num_kv_heads", "max_positions")
         widths = ("embed_dim", "hidden_dim", "head_dim")
         for name in counts + widths:
-            if getattr(self, name) < 1:
-                raise ValueError(f"ModelConfig.{name}={getattr(self, name)}: expected at least 1")
+            value = getattr(self, name)
+            most = MOST_LAYERS if name == "num_layers" else MOST
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(
+                    f"ModelConfig.{name}={value!r}: expected a whole number from 1 to {most}"
+                )
+        scalars = ("query_pre_attn_scalar", "attention_softcap", "logit_softcap")
+        for name in ("rope_theta", "norm_eps", "local_rope_theta", *scalars):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"ModelConfig.{name}={value!r}: expected a number above 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"ModelConfig: num_heads={self.num_heads} must be a multiple of "

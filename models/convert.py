@@ -137,7 +137,15 @@ def _write_companions(source: Source, directory: Path, dtype: str | None) -> Non
 
 
 def _read(file: Path) -> bytes:
+    """Content of a file beside the weights; a link may not bring in one from elsewhere.
+
+    The hub's cache links `snapshots/REVISION/NAME` to `../../blobs/HASH`.
+    """
     try:
+        folder = file.parent.resolve()
+        home = folder.parent.parent if folder.parent.name == "snapshots" else folder
+        if not file.resolve(strict=True).is_relative_to(home):
+            raise ValueError(f"{file}: links out of its directory; put a copy in its place")
         return file.read_bytes()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error})") from None

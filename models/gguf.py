@@ -4,7 +4,8 @@ llama.cpp permutes the rows of q and k of LLaMA-shaped models so that rotary pai
 each other; Hugging Face and this project rotate halves, so the permutation is undone on reading.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from refine_af.models import rotary
-from refine_af.models.config import LinearRope, Llama3Rope, ModelConfig
+from refine_af.models.config import MOST, LinearRope, Llama3Rope, ModelConfig
 from refine_af.models.hf import tensors
 from refine_af.models.registry import FAMILIES
 from refine_af.models.weights import Index, Shape, Weights, expected_shapes, refuse
@@ -29,8 +30,25 @@ _ROPE_FACTORS = "rope_freqs.weight"
 _EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
 _PLAIN = ("F32", "F16")
 _CHUNK = 1 << 22  # numbers dequantised at a time, unless a single row has more
+_MOST_ENTRIES = 1 << 22  # of a list in the metadata; the largest vocabularies have 300,000
 _TOKENIZER = "tokenizer.ggml."
 _SPACE = "\u2581"  # how SentencePiece writes it
+
+
+class _Reader(gguf.GGUFReader):
+    """Ends where the file ends: the library's slices are empty there, and its loops go on."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+        if not 0 <= int(offset) + int(count) * np.dtype(dtype).itemsize <= len(self.data):
+            raise ValueError(f"ends before {count} numbers at byte {offset}")
+        return super()._get(offset, dtype, count, override_order)
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type == gguf.GGUFValueType.ARRAY:
+            size = self._get(orig_offs + 4, np.uint64)[0]
+            if size > _MOST_ENTRIES:  # the library makes an object of each
+                raise ValueError(f"a list of {size} entries")
+        return super()._get_field_parts(orig_offs, raw_type)
 
 
 def open_file(path: Path) -> gguf.GGUFReader:
@@ -40,9 +58,9 @@ def open_file(path: Path) -> gguf.GGUFReader:
         ValueError: not a whole GGUF file, or not of an architecture that is supported.
     """
     try:
-        reader = gguf.GGUFReader(path)
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split())
+        reader = _Reader(path)
+    except Exception as error:  # of many kinds, all of them about the file
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path}: not a readable GGUF file ({reason})") from None
     if reader.byte_order != "I":
         raise ValueError(f"{path}: a GGUF file of the other byte order is not supported")
@@ -69,27 +87,39 @@ def read_config(reader: gguf.GGUFReader, *, dtype: str, param_dtype: str) -> Mod
     embed_dim = _field(reader, f"{name}.embedding_length", int)
     head_dim = _field(reader, f"{name}.attention.key_length", int, embed_dim // max(heads, 1))
     theta = _field(reader, f"{name}.rope.freq_base", float, 1e4)
+    scaling = _rope_scaling(reader, name, head_dim, theta)
     shapes = _shapes(reader)
-    return ModelConfig(
-        family=_FAMILIES[name].model_type,
-        # Of the tensors: padded vocabularies have more rows than the tokenizer has tokens. Where
-        # both are missing, `GgufWeights` says so.
-        vocab_size=shapes.get(_EMBEDDING, shapes.get(_HEAD, (1,)))[0],
-        embed_dim=embed_dim,
-        hidden_dim=_field(reader, f"{name}.feed_forward_length", int),
-        num_layers=_field(reader, f"{name}.block_count", int),
-        num_heads=heads,
-        num_kv_heads=_field(reader, f"{name}.attention.head_count_kv", int, heads),
-        head_dim=head_dim,
-        max_positions=_field(reader, f"{name}.context_length", int),
-        rope_theta=theta,
-        rope_scaling=_rope_scaling(reader, name, head_dim, theta),
-        norm_eps=_as_written(_field(reader, f"{name}.attention.layer_norm_rms_epsilon", float)),
-        tie_embeddings=_HEAD not in shapes,
-        **_FAMILIES[name].structure,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
+    with _about(_where(reader)):
+        return ModelConfig(
+            family=_FAMILIES[name].model_type,
+            # Of the tensors: padded vocabularies have more rows than the tokenizer has tokens.
+            # Where both are missing, `GgufWeights` says so.
+            vocab_size=(shapes.get(_EMBEDDING) or shapes.get(_HEAD) or (1,))[0],
+            embed_dim=embed_dim,
+            hidden_dim=_field(reader, f"{name}.feed_forward_length", int),
+            num_layers=_field(reader, f"{name}.block_count", int),
+            num_heads=heads,
+            num_kv_heads=_field(reader, f"{name}.attention.head_count_kv", int, heads),
+            head_dim=head_dim,
+            max_positions=_field(reader, f"{name}.context_length", int),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            norm_eps=_as_written(_field(reader, f"{name}.attention.layer_norm_rms_epsilon", float)),
+            tie_embeddings=_HEAD not in shapes,
+            **_FAMILIES[name].structure,
+            dtype=dtype,
+            param_dtype=param_dtype,
+        )
+
+
+@contextlib.contextmanager
+def _about(where: str) -> Iterator[None]:
+    """Puts the file before what a config finds wrong with its numbers."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from None
 
 
 def _as_written(value: float) -> float:
@@ -113,7 +143,8 @@ def _rope_scaling(
         )
     older = _field(reader, f"{name}.rope.scale_linear", float, 0.0)
     factor = _as_written(_field(reader, f"{name}.rope.scaling.factor", float, older))
-    linear = LinearRope(factor) if kind == "linear" and factor not in (0.0, 1.0) else None
+    with _about(_where(reader)):
+        linear = LinearRope(factor) if kind == "linear" and factor not in (0.0, 1.0) else None
     stored = [tensor for tensor in reader.tensors if tensor.name == _ROPE_FACTORS]
     if not stored:
         return linear
@@ -130,12 +161,13 @@ def _llama3_rope(stored: gguf.ReaderTensor, head_dim: int, theta: float, where: 
             f"{where}: {_ROPE_FACTORS} is {kind} of shape {shape}, expected F32 of shape "
             f"{(head_dim // 2,)}"
         )
-    scaling = Llama3Rope(
-        factor=_as_written(float(stored.data.max())),
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-        original_positions=8192,
-    )
+    with _about(where):
+        scaling = Llama3Rope(
+            factor=_as_written(float(stored.data.max())),
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_positions=8192,
+        )
     plain, scaled = (rotary.frequencies(head_dim, theta, s) for s in (None, scaling))
     if not np.allclose(stored.data, plain / scaled, rtol=1e-4):
         raise ValueError(f"{where}: {_ROPE_FACTORS} does not hold the scaling of LLaMA-3")
@@ -250,7 +282,7 @@ def _unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
 def end_ids(reader: gguf.GGUFReader) -> tuple[int, ...]:
     """Id of the token that ends a text."""
     end = _field(reader, f"{_TOKENIZER}eos_token_id", int, -1)
-    return () if end < 0 else (end,)
+    return (end,) if 0 <= end <= MOST else ()
 
 
 class _Words(NamedTuple):

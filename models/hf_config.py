@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from refine_af.models.config import LinearRope, Llama3Rope, ModelConfig
+from refine_af.models.config import MOST, MOST_LAYERS, LinearRope, Llama3Rope, ModelConfig
 from refine_af.models.family import Family
 from refine_af.models.registry import FAMILIES
 
@@ -70,6 +70,7 @@ def parse(raw: Raw, where: str, *, dtype: str, param_dtype: str) -> ModelConfig:
     absent = sorted(key for key in _REQUIRED if key not in raw)
     if absent:
         raise ValueError(f"{where}: lacks {', '.join(absent)}")
+    count(raw, "num_hidden_layers", where)  # transformers makes a list as long as that
     theirs = _understood(raw, family, where)
     _refuse_options(raw, theirs, family, where)
     numbers = _NUMBERS | dict(family.numbers)
@@ -181,7 +182,7 @@ def number(raw: Raw, key: str, where: str, default: float | None = None) -> floa
 
 
 def count(raw: Raw, key: str, where: str, default: int | None = None) -> int:
-    """A whole number above 0; `default` where the key is absent or null.
+    """A whole number above 0, and no absurd one; `default` where the key is absent or null.
 
     Raises:
         ValueError: it is something else, or absent and without a default.
@@ -190,8 +191,9 @@ def count(raw: Raw, key: str, where: str, default: int | None = None) -> int:
     value = default if value is None else value
     if value is None:
         raise ValueError(f"{where}: lacks {key}")
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{where}: {key}={value!r}: expected a whole number above 0")
+    most = MOST_LAYERS if key.endswith("layers") else MOST
+    if type(value) is not int or not 1 <= value <= most:
+        raise ValueError(f"{where}: {key}={value!r}: expected a whole number from 1 to {most}")
     return value
 
 
@@ -223,7 +225,7 @@ def end_ids(directory: Path, raw: Raw) -> tuple[int, ...]:
     named = read_json(generation).get("eos_token_id") if generation.exists() else None
     named = raw.get("eos_token_id") if named is None else named
     ids = named if isinstance(named, list) else [named]
-    return tuple(i for i in ids if isinstance(i, int))
+    return tuple(i for i in ids if type(i) is int and 0 <= i <= MOST)
 
 
 def to_raw(config: ModelConfig, *, eos_ids: Iterable[int]) -> Raw:

@@ -154,7 +154,8 @@ def read_peft(directory: Path, model: ModelConfig) -> tuple[LoraConfig, Params]:
     try:
         tensors = load_file(directory / _WEIGHTS)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{directory / _WEIGHTS}: not readable ({error})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{directory / _WEIGHTS}: not readable ({reason})") from None
     table = {f"{_PREFIX}{module}": linear for linear, module in _table(model).items()}
     named = {
         linear: module

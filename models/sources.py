@@ -49,7 +49,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "tokenizer_config.json",
 )
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,12 +101,29 @@ def open_model(
         return _open_directory(path, source, dtype, param_dtype)
     if path.is_file() and path.suffix == ".gguf":
         return _open_gguf(path, source, dtype, param_dtype)
-    if _HUB_ID.fullmatch(source) and not path.exists():
+    if _is_hub_id(source):
         return _open_directory(_fetch_hub(source), source, dtype, param_dtype)
     raise ValueError(
         f"model {source!r}: expected a Hugging Face or Orbax directory, a .gguf file, a hub id "
         f"owner/name, {RANDOM}PRESET or one of {sorted(BUNDLED)}"
     )
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether to ask the hub: not for what looks like a path here that was misspelt.
+
+    Raises:
+        ValueError: it may be either.
+    """
+    path = Path(source)
+    if not _HUB_ID.fullmatch(source) or path.exists() or path.suffix == ".gguf":
+        return False
+    if path.parent.is_dir():
+        raise ValueError(
+            f"model {source!r}: {path.parent}/ is a directory here, and {path.name} is not in it; "
+            f"of the hub's {source} fetch a copy (hf download {source}) and give its path"
+        )
+    return True
 
 
 def _open_random(source: str, dtype: str, param_dtype: str) -> Source:
@@ -153,9 +170,11 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
         return None
     try:
         # Said aloud: not asked, transformers asks on the terminal where a directory brings code.
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
+        tokenizer.decode(tokenizer("a b").input_ids)  # some damage shows only then
+        return tokenizer
     except Exception as error:  # of many kinds, all of them about the files
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{directory}: the tokenizer cannot be read ({reason})") from None
@@ -167,6 +186,7 @@ def _fetch_hub(hub_id: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "LICENSE*"]
     copies = ["consolidated*"]  # the same weights in the format of their makers
+    print(f"model {hub_id!r}: no such directory; asking the Hugging Face hub", file=sys.stderr)
     try:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=copies))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -85,7 +85,8 @@ def _open(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="numpy") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a readable safetensors file ({error})") from None
+        reason = " ".join(str(error).split())  # it quotes the header
+        raise ValueError(f"{file}: not a readable safetensors file ({reason})") from None
 
 
 class TorchFiles(TensorFiles):
@@ -190,5 +191,9 @@ def _indexed(directory: Path, index_name: str, whole: str) -> list[Path]:
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
             raise ValueError(f"{index}: expected a 'weight_map' of tensors to files")
-        return sorted({directory / Path(name).name for name in names.values()})
+        files = {Path(name).name for name in names.values()}  # nothing outside the directory
+        odd = sorted(name for name in files if name in ("", "..") or not name.isprintable())
+        if odd:
+            raise ValueError(f"{index}: {odd[0]!r} in 'weight_map' names no file")
+        return sorted(directory / name for name in files)
     return [directory / whole] if (directory / whole).exists() else []

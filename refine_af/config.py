@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 import re
+import sys
 import typing
+import warnings
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
@@ -87,8 +89,10 @@ class Lora:
         require_positive(self, "lora.", "alpha")
         where = f"lora.pattern={self.pattern!r}: expected a regular expression"
         try:
-            found = any(re.fullmatch(self.pattern, name) for name in LINEARS)
-        except re.error as error:
+            with warnings.catch_warnings():  # of what it may mean one day
+                warnings.simplefilter("ignore", FutureWarning)
+                found = any(re.fullmatch(self.pattern, name) for name in LINEARS)
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{where} ({error})") from None
         require(found, f"{where} that is, in full, one of {LINEARS}")
 
@@ -432,11 +436,15 @@ def from_dict(cls: type[Any], values: dict[str, Any], path: str = "") -> Any:
     A whole number becomes a float, and a list a tuple, where the field is one.
 
     Raises:
-        ValueError: a value, named after `path`, has the wrong type or is not possible.
+        ValueError: a value, named after `path`, is missing, has the wrong type or is not possible.
     """
+    where = path.removesuffix(".") or cls.__name__
+    require(isinstance(values, dict), f"{where}={values!r}: expected the fields of {cls.__name__}")
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        name, value = path + field.name, values[field.name]
+        name = path + field.name
+        require(field.name in values, f"{name!r} is missing")
+        value = values[field.name]
         if dataclasses.is_dataclass(field.type):
             fields[field.name] = from_dict(typing.cast(type, field.type), value, f"{name}.")
         else:
@@ -445,10 +453,13 @@ def from_dict(cls: type[Any], values: dict[str, Any], path: str = "") -> Any:
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
+        value = float(value)
     if kind in (bool, int, float, str):
         require(type(value) is kind, f"{name}={value!r}: expected {kind.__name__}")
+        require(
+            kind is not float or math.isfinite(value), f"{name}={value}: expected a finite number"
+        )
         return value
     assert typing.get_origin(kind) is tuple, f"{name}: fields of type {kind} cannot be read"
     item = typing.get_args(kind)[0]

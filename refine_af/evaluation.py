@@ -20,6 +20,7 @@ from refine_af.superni import Task
 
 PREDICTIONS = "predictions.jsonl"
 SCORES = "evaluation.json"
+_FIELDS = ("arm", "task", "id", "prediction")  # of a prediction
 
 
 def load_tasks(options: config_lib.Evaluation) -> list[Task]:
@@ -72,7 +73,7 @@ def predict(
 ) -> None:
     """Append the answers of one arm that are not in `path` yet, a batch at a time."""
     size = options.batch_size
-    rows = records.read_rows(path)
+    rows = records.read_rows(path, _FIELDS)
     records.keep_rows(path, rows)
     known = {(row["task"], row["id"]) for row in rows if row["arm"] == arm}
     # A chat model ends its turn; a plain one goes on with the next example after a blank line.
@@ -108,7 +109,7 @@ def predict(
 def write_scores(tasks: Sequence[Task], predictions: Path, target: Path) -> dict[str, Any]:
     """Score every arm of a predictions file and write `{"arms": {name: scores}}`."""
     arms: dict[str, dict[str, str]] = {}
-    for row in records.read_rows(predictions):
+    for row in records.read_rows(predictions, _FIELDS):
         arms.setdefault(row["arm"], {})[row["id"]] = row["prediction"]
     result: dict[str, Any] = {
         "arms": {arm: superni.score(tasks, found) for arm, found in arms.items()}

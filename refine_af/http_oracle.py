@@ -1,6 +1,7 @@
 """An oracle behind HTTP: examples are posted as JSON, components come back."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,10 @@ class HttpOracle:
         if not isinstance(table, dict) or not table:
             raise ValueError(f"{self.url}: expected an object with 'components' or 'rewards'")
         for name, column in table.items():
-            numbers = isinstance(column, list) and all(type(x) in (int, float) for x in column)
+            numbers = isinstance(column, list) and all(
+                type(x) is float or (type(x) is int and abs(x) <= sys.float_info.max)
+                for x in column
+            )
             if not numbers or len(column) != count:
                 raise ValueError(f"{self.url}: expected {count} numbers as {name!r}")
         return {name: np.asarray(column, np.float64) for name, column in table.items()}

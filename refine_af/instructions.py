@@ -116,7 +116,7 @@ class InstructionStage:
     def __post_init__(self) -> None:
         """Take up what an earlier start left on disk."""
         self.paths = [self.workdir / ACCEPTED, self.workdir / REJECTED]
-        rows = records.read_rows(self.paths[0])
+        rows = records.read_rows(self.paths[0], ("id", "instruction"))
         self.accepted: list[Row] = rows
         self.batch = 0
         if not self.complete:

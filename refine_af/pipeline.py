@@ -142,7 +142,7 @@ def finetune(run: Run) -> bool:
     """Fine-tuning of the base model on the accepted instances."""
     if not run.has_dataset:
         raise ValueError(f"{run.workdir / 'dataset'}: not finished; run generate_instances first")
-    rows = records.read_rows(run.workdir / instances.ACCEPTED)
+    rows = records.read_rows(run.workdir / instances.ACCEPTED, ("instruction", "input", "output"))
     if finetuning.finished(run.workdir):
         return False
     FinetuningStage(run.config, run.base, rows, run.workdir).run()

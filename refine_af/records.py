@@ -15,17 +15,21 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, strings: Sequence[str] = ()) -> list[Row]:
     """All rows; [] when there is no file. A last line without its newline is ignored.
 
+    Args:
+        strings: fields that every row must have as a string.
+
     Raises:
-        ValueError: `file:line` of a complete line that is not a JSON object, or not UTF-8.
+        ValueError: `file:line` of a complete line that is not a JSON object, lacks a field, or is
+            not UTF-8.
     """
     if not path.exists():
         return []
     *lines, _torn = path.read_bytes().split(b"\n")
     try:
-        return parse_lines([line.decode() for line in lines], path)
+        return parse_lines([line.decode() for line in lines], path, strings)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} in {error.object[:40]!r})") from None
 
@@ -43,12 +47,7 @@ def parse_lines(lines: Iterable[str], path: Path, strings: Sequence[str] = ()) -
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object")
+        row = _parse(line, f"{path}:{number}", allow_nan=False)
         for name in strings:
             if not isinstance(row.get(name), str):
                 fault = (
@@ -68,12 +67,22 @@ def read_json(path: Path) -> Row:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
+    return _parse(text, str(path), allow_nan=True)
+
+
+def _parse(text: str, where: str, *, allow_nan: bool) -> Row:
+    """A JSON object that can be written again as it is, without halves of characters say."""
+    try:
+        row = json.loads(text)
+        json.dumps(row, ensure_ascii=False, allow_nan=allow_nan).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object")
+    return row
 
 
 def to_line(row: Row) -> str:
@@ -113,15 +122,30 @@ def keep_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def resume(paths: Sequence[Path], key: str = "batch") -> tuple[int, list[list[Row]]]:
-    """First batch that has to be made (again), and the rows of the ones before, by file."""
-    tables = [read_rows(path) for path in paths]
-    first = max((row[key] for rows in tables for row in rows), default=0)
+    """First batch that has to be made (again), and the rows of the ones before, by file.
+
+    Raises:
+        ValueError: as `read_rows`, or a row has no number.
+    """
+    first = max((row[key] for path in paths for row in _numbered(path, key)), default=0)
     return first, cut(paths, first, key)
 
 
 def cut(paths: Sequence[Path], first: int, key: str) -> list[list[Row]]:
-    """Drop from each file the rows from batch (or step) `first` on; returns what is kept."""
-    kept = [[row for row in read_rows(path) if row[key] < first] for path in paths]
+    """Drop from each file the rows from batch (or step) `first` on; returns what is kept.
+
+    Raises:
+        ValueError: as `read_rows`, or a row has no number.
+    """
+    kept = [[row for row in _numbered(path, key) if row[key] < first] for path in paths]
     for path, rows in zip(paths, kept, strict=True):
         keep_rows(path, rows)
     return kept
+
+
+def _numbered(path: Path, key: str) -> list[Row]:
+    rows = read_rows(path)
+    odd = next((row for row in rows if type(row.get(key)) is not int or row[key] < 0), None)
+    if odd is not None:
+        raise ValueError(f"{path}: {key}={odd.get(key)!r}: expected each row's number of its {key}")
+    return rows

@@ -9,7 +9,7 @@ import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from refine_af import diversity, plots
-from refine_af.records import Row, read_rows, write_text
+from refine_af.records import Row, read_json, read_rows, write_text
 
 Section = dict[str, Any]
 T = TypeVar("T")
@@ -33,6 +33,9 @@ _MAX_EXAMPLE = 160  # characters of the example of a drop reason
 
 # Arms of an evaluation: before training first, the method itself last.
 _ARMS = {"base": "base model", "self_instruct": "Self-Instruct", "refine_af": "REFINE-AF"}
+
+# How a row or a table that no stage has written shows itself.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, jinja2.UndefinedError)
 
 # Figures of answers to held-out instructions.
 _FIGURES = {
@@ -73,25 +76,32 @@ def write_report(workdir: Path) -> Path:
         The path of the report.
 
     Raises:
-        ValueError: there is no such directory.
+        ValueError: there is no such directory, or a file in it is not what a stage writes.
     """
     if not workdir.is_dir():
         raise ValueError(
             f"no workdir at {workdir}: expected the directory of a run; check the path"
         )
-    template = _environment().get_template(_TEMPLATE)
-    page = template.render(
-        instructions=_instructions(workdir),
-        ppo=_ppo(workdir),
-        instances=_instances(workdir),
-        finetuning=_finetuning(workdir),
-        evaluation=_evaluation(workdir),
-        timings=_timings(workdir),
-        config=_read_json(workdir / "config.json"),
-    )
+    config = read_json(workdir / "config.json")
+    sections = {name: _section(name, workdir) for name in _SECTIONS}
+    try:
+        page = _environment().get_template(_TEMPLATE).render(**sections, config=config)
+    except (*_MALFORMED, ValueError) as error:
+        raise ValueError(
+            f"{workdir}: a file in it is not as the stages write it ({error})"
+        ) from error
     path = workdir / "report.html"
     write_text(path, page)
     return path
+
+
+def _section(name: str, workdir: Path) -> Section | None:
+    build, files = _SECTIONS[name]
+    try:
+        return build(workdir)
+    except _MALFORMED as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{workdir}: {files}: not as the stage writes them ({reason})") from error
 
 
 # The sections; None where a stage has left nothing.
@@ -161,7 +171,7 @@ def _component_names(rows: Sequence[Row]) -> list[str]:
 
 def _held_out(workdir: Path) -> Section | None:
     """Answers to instructions that training did not see, before and after."""
-    found = _read_json(workdir / "ppo" / "evaluation.json")
+    found = read_json(workdir / "ppo" / "evaluation.json")
     if not found:
         return None
     before, after = found["before"], found["after"]
@@ -210,7 +220,7 @@ def _finetuning(workdir: Path) -> Section | None:
 
 
 def _evaluation(workdir: Path) -> Section | None:
-    scores = _read_json(workdir / "evaluation.json").get("arms", {})
+    scores = read_json(workdir / "evaluation.json").get("arms", {})
     if not scores:
         return None
     known = list(_ARMS)
@@ -230,11 +240,22 @@ def _evaluation(workdir: Path) -> Section | None:
 
 
 def _timings(workdir: Path) -> Section | None:
-    seconds = _read_json(workdir / "timings.json")
+    seconds = read_json(workdir / "timings.json")
     if not seconds:
         return None
     names = {stage.replace("_", " "): time for stage, time in seconds.items()}
     return {"total": sum(seconds.values()), "figure": Markup(plots.timings(names))}
+
+
+# By the template's name of it, with the files that it is made of.
+_SECTIONS: dict[str, tuple[Callable[[Path], Section | None], str]] = {
+    "instructions": (_instructions, "instructions.jsonl, rejected_instructions.jsonl"),
+    "ppo": (_ppo, "ppo/metrics.jsonl, ppo/rollouts.jsonl, ppo/evaluation.json"),
+    "instances": (_instances, "instances.jsonl, rejected_instances.jsonl"),
+    "finetuning": (_finetuning, "sft/metrics.jsonl"),
+    "evaluation": (_evaluation, "evaluation.json, predictions.jsonl"),
+    "timings": (_timings, "timings.json"),
+}
 
 
 # Rows and numbers for the tables.
@@ -327,16 +348,6 @@ def _mean(rows: Iterable[Row], key: str) -> float | None:
 
 def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
-
-
-def _read_json(path: Path) -> Any:
-    """Content of a JSON file, {} when there is none."""
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
 # The template and how it writes numbers and text.

@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -108,6 +110,8 @@ class CachedOracle:
                 yield database
         except sqlite3.Error as error:
             raise OracleError(f"{self.path}: no usable cache of scores ({error})") from None
+        except (ValueError, RecursionError) as error:
+            raise OracleError(f"{self.path}: damaged ({error}); remove the file") from None
 
 
 def _read(database: sqlite3.Connection, keys: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -116,8 +120,16 @@ def _read(database: sqlite3.Connection, keys: Sequence[str]) -> dict[str, dict[s
         some = keys[first : first + _LOOKUPS]
         marks = ",".join("?" * len(some))
         query = f"SELECT key, components FROM scores WHERE key IN ({marks})"
-        found.update({key: json.loads(text) for key, text in database.execute(query, some)})
+        found.update({key: _scores(text) for key, text in database.execute(query, some)})
     return found
+
+
+def _scores(text: Any) -> dict[str, float]:
+    scores = json.loads(text) if isinstance(text, str) else None
+    numbers = list(scores.values()) if isinstance(scores, dict) else []
+    if not numbers or not all(type(x) is float and math.isfinite(x) for x in numbers):
+        raise ValueError("a row holds something else than scores")
+    return scores
 
 
 def _write(database: sqlite3.Connection, rows: dict[str, dict[str, float]]) -> None:

@@ -64,7 +64,8 @@ def load_task(path: str | Path, max_instances: int = 100) -> Task:
     path = Path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        json.dumps(content, ensure_ascii=False).encode()  # refuses halves of characters, "\\ud800"
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error}), expected JSON in UTF-8") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: got {reprlib.repr(content)}, expected a JSON object")
@@ -237,7 +238,12 @@ def _select(paths: Mapping[str, Path], split_file: Path) -> dict[str, Path]:
     """The paths whose names the split file lists."""
     if not split_file.is_file():
         raise ValueError(f"{split_file}: no such file, expected one task name a line")
-    names = set(split_file.read_text(encoding="utf-8").split())
+    try:
+        names = set(split_file.read_text(encoding="utf-8").split())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{split_file}: not UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
     found = {name: path for name, path in paths.items() if name in names}
     missing = sorted(names - found.keys())
     if not found:

@@ -20,19 +20,26 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, text: str, fmt: str
     the user's turn of a chat.
 
     Raises:
-        ValueError: there is no tokenizer, or `chat` is asked of one without a chat template.
+        ValueError: there is no tokenizer, or `chat` is asked of one without a chat template or
+            with one that fails.
     """
     if tokenizer is None:
         raise ValueError("this model has no tokenizer; give prompt_token_ids instead of a text")
-    if fmt == "raw":
-        return list(tokenizer(text).input_ids)
-    if not tokenizer.chat_template:
+    if fmt != "raw" and not tokenizer.chat_template:
         raise ValueError(
             "prompt format 'chat': this model's tokenizer has no chat template; use raw"
         )
-    turns = [{"role": "user", "content": text}]
-    chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(chat, add_special_tokens=False).input_ids)
+    try:
+        if fmt == "raw":
+            return list(tokenizer(text).input_ids)
+        turns = [{"role": "user", "content": text}]
+        chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return list(tokenizer(chat, add_special_tokens=False).input_ids)
+    except Exception as error:  # of any kind: a chat template is a small program of the model's
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"prompt format {fmt!r}: this model's tokenizer or chat template fails ({reason})"
+        ) from None
 
 
 def decode(tokenizer: PreTrainedTokenizerBase | None, ids: TokenIds) -> str:

@@ -175,9 +175,7 @@ def describe(where: str | Path) -> Description:
         )
     try:
         found: Description = config_lib.from_dict(Description, raw)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]!r} is missing") from None
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return found
 
@@ -240,7 +238,8 @@ def _read(path: Path, description: Description, base: BaseModel) -> Params:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not readable ({error})") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not readable ({reason})") from None
     shape = base_model.lora_config(description.lora)
     _, adapter = transformer.logical_axes(base.config, shape)
     wanted = {

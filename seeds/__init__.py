@@ -57,7 +57,8 @@ def load(path: Path | str | None = None) -> list[SeedTask]:
 def _parse(line: str, where: str) -> SeedTask:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+        json.dumps(row, ensure_ascii=False).encode()  # refuses halves of characters, "\\ud800"
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")

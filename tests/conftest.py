@@ -20,6 +20,7 @@ jax.config.update("jax_debug_key_reuse", True)
 
 # The first example of a property compiles, so no deadline; the same examples in every run.
 hypothesis.settings.register_profile("refine_af", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.load_profile("refine_af")
 
 

@@ -221,7 +221,10 @@ def test_spellings(changes: dict[str, Any], expected: dict[str, Any]) -> None:
         ),
         ({"rope_parameters": [1]}, "rope_parameters=[1]: expected an object"),
         ({"hidden_size": None}, "lacks hidden_size"),
-        ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0: expected a whole number above 0"),
+        (
+            {"num_hidden_layers": 2.0},
+            "num_hidden_layers=2.0: expected a whole number from 1 to 10000",
+        ),
         ({"layer_norm_eps": "a"}, "layer_norm_eps='a': expected a number above 0"),
         ({"use_parallel_residual": 1}, "use_parallel_residual=1: expected true or false"),
         (

@@ -282,7 +282,7 @@ def test_a_head_is_tied_unless_the_config_says_otherwise() -> None:
             "decoder_start_token_id='<pad>': expected a token's id",
         ),
         ({"d_model": None}, "lacks d_model"),
-        ({"d_ff": 0}, "d_ff=0: expected a whole number above 0"),
+        ({"d_ff": 0}, "d_ff=0: expected a whole number from 1 to 2147483647"),
         (
             {"decoder_start_token_id": 999},
             "T5Config.start_id=999: expected an id of the vocabulary",
