@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from logging import LogRecord
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +18,9 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from refine_af import configs, records
+from refine_af import configs, interruptions, records
 from refine_af.config import Experiment, from_dict
 from refine_af.models.sources import cache_dir
-from refine_af.progress import interrupted
 
 _CONFIGS = Path(next(iter(configs.__path__)))
 _MOST_TEXT = 4000  # characters of an error
@@ -168,24 +168,24 @@ def start(main: Callable[[], None], *, with_config: bool = False, resumes: bool 
     Args:
         resumes: whether the same command goes on where it was stopped.
 
-    Exit status: 0 done; 2 bad input, or a file that cannot be read or written; 130 Ctrl-C.
+    Exit status: 0 done, or stopped by SIGTERM where the same command goes on; 2 bad input, or a
+    file that cannot be read or written; 130 Ctrl-C; 143 SIGTERM elsewhere.
     """
     parse = parse_with_config if with_config else _parse
-    # A shell starts background jobs with SIGINT ignored; `kill -INT` is to stop those too.
-    interrupted.clear()
-    signal.signal(signal.SIGINT, _interrupt)
+    interruptions.install()
     try:
         left = parse(sys.argv)
         if len(left) > 1:
             raise ValueError(f"unexpected argument {left[1]!r}; flags look like --name=value")
         logging.use_absl_handler()
         logging.set_verbosity(logging.WARNING)
+        logging.get_absl_logger().addFilter(_is_news)
         _set_up_jax()
         main()
     except KeyboardInterrupt:
         _stopped(resumes)
     except Exception as error:
-        if interrupted.is_set():  # a library's way of saying that it was
+        if interruptions.received():  # a library's way of saying so
             _stopped(resumes)
         if not isinstance(error, ValueError | OSError | flags.Error) or not _is_for_user(error):
             raise
@@ -196,16 +196,18 @@ def start(main: Callable[[], None], *, with_config: bool = False, resumes: bool 
         sys.exit(2)
 
 
-def _interrupt(signum: int, frame: Any) -> None:
-    interrupted.set()
-    raise KeyboardInterrupt
+def _is_news(record: LogRecord) -> bool:
+    """Orbax logs what it raises, with the tracebacks of its threads."""
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 def _stopped(resumes: bool) -> NoReturn:
     left_over = "the same command goes on from here" if resumes else "nothing was written"
     print(f"\nstopped; {left_over}", file=sys.stderr)
     threading.excepthook = lambda _: None  # a save under way finds its workers gone
-    sys.exit(130)
+    if interruptions.received() != signal.SIGTERM:
+        sys.exit(130)
+    sys.exit(0 if resumes else 143)
 
 
 def _is_for_user(error: BaseException) -> bool:

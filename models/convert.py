@@ -15,6 +15,7 @@ from refine_af.models import hf, orbax_directory
 from refine_af.models.hf import Progress
 from refine_af.models.sources import Source
 from refine_af.models.weights import Weights
+from refine_af.models.writing import check_space, writing
 
 # Beside the weights: tokenizers, chat templates, licences. Never code.
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
@@ -46,23 +47,24 @@ def convert(
         OSError: the disk is full, or cannot be written.
     """
     weights = source.weights
-    _check_space(target, num_bytes(weights, dtype))
-    with staged(target, overwrite=overwrite) as new:
-        try:
-            _write_companions(source, new, dtype)
-            if source.kind == "orbax":
-                hf.write(weights, source.config, new, dtype=dtype, progress=progress)
-            else:
-                orbax_directory.write(weights, new, dtype=dtype, progress=progress)
-        except OSError as error:
-            raise OSError(f"{target}: cannot be written ({error.strerror or error})") from None
+    check_space(target, num_bytes(weights, dtype))
+    with staged(target, overwrite=overwrite) as new, writing(target):
+        _write_companions(source, new, dtype)
+        if source.kind == "orbax":
+            hf.write(weights, source.config, new, dtype=dtype, progress=progress)
+        else:
+            orbax_directory.write(weights, new, dtype=dtype, progress=progress)
     return "a Hugging Face directory" if source.kind == "orbax" else "an Orbax directory"
 
 
 def export(source: Source, weights: Weights, target: Path) -> None:
-    """Write a Hugging Face directory of `source` with other weights, in their own dtype."""
+    """Write a Hugging Face directory of `source` with other weights, in their own dtype.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
     (dtype,) = {str(array.dtype) for array in weights.arrays.values()}
-    with staged(target, overwrite=True) as new:
+    with staged(target, overwrite=True) as new, writing(target):
         _write_companions(source, new, dtype)
         hf.write(weights, source.config, new)
 
@@ -106,16 +108,6 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise ValueError(f"{target}: exists; give another target, or --overwrite to replace it")
     if target.exists() and not (target / "config.json").is_file():
         raise ValueError(f"{target}: not a model's directory; --overwrite does not replace it")
-
-
-def _check_space(target: Path, needed: int) -> None:
-    parent = next(path for path in target.absolute().parents if path.exists())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise OSError(
-            f"{parent}: {free / 2**30:.1f} GiB are free, {needed / 2**30:.1f} GiB are needed; "
-            "make room or give a target on another disk"
-        )
 
 
 def _write_companions(source: Source, directory: Path, dtype: str | None) -> None:

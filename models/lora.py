@@ -29,6 +29,7 @@ from refine_af.models.weights import (
     put,
     refuse,
 )
+from refine_af.models.writing import writing
 
 _WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
@@ -110,6 +111,9 @@ def write_peft(
     Args:
         adapter: stacked layout.
         base_name: where the base model lies, for `adapter_config.json`.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
     """
     table = _table(model)
     linears = sorted({path.rpartition("/")[0] for path, _ in flat(adapter)})
@@ -131,9 +135,10 @@ def write_peft(
         "inference_mode": True,
         **_REQUIRED,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
-    (directory / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, directory / _WEIGHTS, metadata={"format": "pt"})
+        (directory / _CONFIG).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def read_peft(directory: Path, model: ModelConfig) -> tuple[LoraConfig, Params]:

@@ -7,10 +7,11 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from refine_af.config import Ppo
 
+Row = TypeVar("Row", bound=Mapping[str, Any])
 History = Sequence[Mapping[str, float]]  # a row a step, the newest last
 Look = Callable[[History, Ppo], str]  # what is wrong, with figures; "" where nothing is
 
@@ -26,6 +27,11 @@ _MAX_REPETITION = 0.3  # answers of SmolLM2-135M, before and after PPO: below .0
 _MAX_GROWTH = 2.0
 _LEAST_SHARE = 0.5
 _MAX_DRIFT = 1.0  # nats; the demo in bfloat16 has .3 to .55 over some thousand tokens a step
+# What alarms look at.
+_METRICS = (
+    *("kl/k1", "kl/k3", "ppo/entropy", "drift/logprob_max", "repetition"),
+    *("reward/std", "reward/parsed_share", "length/mean", "length/eos_rate"),
+)
 
 
 class _Alarm(NamedTuple):
@@ -47,10 +53,28 @@ def check(history: History, options: Ppo) -> list[str]:
     ]
 
 
+def window(history: Sequence[Row]) -> list[Row]:
+    """The rows that `check` looks at, now or with more rows behind them: a bounded number.
+
+    Those are, for each metric, the first and the newest ones that have it.
+    """
+    kept: set[int] = set()
+    for metric in _METRICS:
+        having = [i for i, row in enumerate(history) if _has(row, metric)]
+        kept |= {*having[:_WINDOW], *having[-_WINDOW - 1 :]}
+    return [row for i, row in enumerate(history) if i in kept or i == len(history) - 1]
+
+
+def _has(row: Mapping[str, float], metric: str) -> bool:
+    """What was not finite is None after a round trip through JSON."""
+    value = row.get(metric)
+    return value is not None and math.isfinite(value)
+
+
 def _known(history: History, metric: str) -> list[float]:
-    """The metric at the steps that have it; what was not finite is None after a round trip."""
-    given = (row.get(metric) for row in history)
-    return [x for x in given if x is not None and math.isfinite(x)]
+    """The metric at the steps that have it."""
+    assert metric in _METRICS
+    return [row[metric] for row in history if _has(row, metric)]
 
 
 def _is(word: str, metric: str, limit: float) -> Look:

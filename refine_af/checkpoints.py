@@ -1,54 +1,288 @@
-"""Checkpoints through Orbax: saved in the background, finished or not there at all."""
+"""Checkpoints through Orbax: saved in the background, finished or not there at all, verified.
 
-from collections.abc import Iterator
+Beside the tree lies its fingerprint, so that a bit that rotted on disk is found, too, and in the
+metadata the hash of the config that it was made with.
+"""
+
+import dataclasses
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
+from orbax.checkpoint import checkpoint_managers
+
+from refine_af import interruptions, records
+from refine_af.models import writing
+from refine_af.progress import bar
 
 T = TypeVar("T")
+P = TypeVar("P")
+
+_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+
+
+class DamagedError(ValueError):
+    """A checkpoint whose content is not what was saved."""
+
+
+class OtherTreeError(ValueError):
+    """A checkpoint of a tree with other arrays."""
+
+
+@dataclasses.dataclass
+class _Keep(checkpoint_managers.PreservationPolicy):
+    """The newest, and the best where there is one."""
+
+    num: int
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self.num :], self.best()}
+        return [step in kept for step in steps]
 
 
 @contextmanager
-def open_manager(directory: Path, *, keep: int) -> Iterator[ocp.CheckpointManager]:
-    """Manager of `directory`; leaving the block waits for saves that are under way."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    manager = ocp.CheckpointManager(directory.absolute(), options=options)
+def open_manager(
+    directory: Path, *, keep: int, best: Callable[[], int | None] = lambda: None
+) -> Iterator[ocp.CheckpointManager]:
+    """Manager of `directory`; leaving the block waits for saves that are under way.
+
+    What a killed save has left behind is removed.
+
+    Args:
+        keep: how many of the newest stay.
+        best: step that stays as well, asked after each save.
+
+    Raises:
+        OSError: a save has failed, for want of space say; the ones before it are whole.
+    """
+    options = ocp.CheckpointManagerOptions(
+        create=True,
+        cleanup_tmp_directories=True,
+        lightweight_initialize=True,  # else metadata that is damaged is fatal
+        preservation_policy=_Keep(keep, best),
+    )
+    manager = ocp.CheckpointManager(
+        directory.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
+    )
     try:
         yield manager
     finally:
-        manager.wait_until_finished()
+        with _writing(directory):
+            manager.wait_until_finished()
         manager.close()
 
 
-def save(manager: ocp.CheckpointManager, step: int, tree: Any) -> None:
-    """Start saving; the arrays are copied before this returns, so they may be donated after."""
-    manager.save(step, args=ocp.args.StandardSave(tree))
+def check_space(manager: ocp.CheckpointManager, tree: Any, keep: int) -> None:
+    """See to it that as many checkpoints of `tree` as will be there at a time fit on the disk.
+
+    Raises:
+        OSError: they do not.
+    """
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    new = max(keep + 1 - len(manager.all_steps()), 1)  # one more while it is being written
+    writing.check_space(Path(manager.directory), new * size)
+
+
+def save(manager: ocp.CheckpointManager, step: int, tree: Any, config: str = "") -> None:
+    """Start saving; the arrays are copied before this returns, so they may be donated after.
+
+    Args:
+        config: hash of the config behind it.
+
+    Raises:
+        OSError: the save before has failed.
+    """
+    content = {"tree": tree, "fingerprint": _fingerprint(tree)}
+    with _writing(Path(manager.directory)):
+        manager.save(
+            step,
+            args=ocp.args.StandardSave(content),
+            custom_metadata={"config": config},
+        )
+
+
+def advance(
+    manager: ocp.CheckpointManager,
+    state: T,
+    steps: range,
+    *,
+    prepare: Callable[[int, T], P],
+    learn: Callable[[int, T, P], tuple[T, dict[str, str]]],
+    due: Callable[[int], bool],
+    resumable: Callable[[int], bool] = lambda _: True,
+    config: str,
+    progress: bar,
+) -> T:
+    """State after `steps`; a signal ends them with the newest state saved.
+
+    Args:
+        prepare: what a step learns from; a signal drops it.
+        learn: the next state, whose donor `state` may be, and figures to show; whatever it writes
+            down is whole, since a signal waits for it.
+        due: whether a checkpoint is due after so many steps; it always is after the last one.
+        resumable: whether the state after so many steps is all that the next one needs.
+        config: hash of the config.
+    """
+    newest = steps.start, state
+    try:
+        for step in steps:
+            prepared = prepare(step, state)
+            with interruptions.held():
+                state, shown = learn(step, state, prepared)
+                newest = step + 1, state
+                if due(step + 1) or step + 1 == steps.stop:
+                    save(manager, *newest, config)
+            progress.update()
+            progress.show(**shown)
+    except KeyboardInterrupt:
+        step, tree = newest  # a second signal may have come when the arrays were given away
+        unsaved = step > (manager.latest_step() or 0)
+        if unsaved and resumable(step) and not _is_deleted(tree):
+            save(manager, step, tree, config)
+        raise
+    return state
+
+
+def _is_deleted(tree: Any) -> bool:
+    return any(x.is_deleted() for x in jax.tree.leaves(tree))
+
+
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Orbax and TensorStore have many kinds of errors for a disk that does not take a file."""
+    try:
+        yield
+    except _NOT_DAMAGE:
+        raise
+    except Exception as error:
+        raise OSError(
+            f"{directory}: a checkpoint cannot be written ({_one_line(error)}); the ones before it "
+            "are whole"
+        ) from None
+
+
+@jax.jit
+def _fingerprint(tree: Any) -> UInt32[Array, ""]:
+    """Sum of all bits, read as whole numbers: the same on every mesh, another after any flip."""
+
+    def bits(x: Array) -> Array:
+        if x.dtype == jnp.bool_:
+            return x
+        return jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+
+    parts = [jnp.sum(bits(jnp.asarray(x)), dtype=jnp.uint32) for x in jax.tree.leaves(tree)]
+    return sum(parts, start=jnp.zeros((), jnp.uint32))
 
 
 def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
-    """(step, tree) of the newest checkpoint; (0, `like`) when there is none.
+    """(step, tree) of the newest sound checkpoint; (0, `like`) when there is none at all.
+
+    Newer ones that are damaged are named in a warning, and renamed to `damaged-STEP`.
 
     Args:
         like: a tree of arrays with the wanted shapes, dtypes and shardings.
 
     Raises:
-        ValueError: the checkpoint is damaged, or holds another tree.
+        ValueError: all are damaged, or of another config.
     """
-    step = manager.latest_step()
-    if step is None:
+    faults: dict[int, ValueError] = {}
+    for step in sorted(manager.all_steps(), reverse=True):
+        try:
+            tree = restore(manager, step, like)
+        except (DamagedError, OtherTreeError) as error:  # one before it that fits: damaged, too
+            faults[step] = error
+            continue
+        for fault in faults.values():
+            logging.warning("%s; going on from step %d", fault, step)
+        _set_aside(manager, faults)
+        return step, tree
+    if not faults:
         return 0, like
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    others = [fault for fault in faults.values() if isinstance(fault, OtherTreeError)]
+    raise ValueError(
+        f"{others[0]}; take another --workdir, or remove it"
+        if others
+        else f"{next(iter(faults.values()))}, and so are all before it; remove "
+        f"{manager.directory} to begin again with step 0"
+    )
+
+
+def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
+    """The tree that was saved as `step`.
+
+    Args:
+        like: as in `restore_latest`.
+
+    Raises:
+        DamagedError: its content is not what was saved.
+        OtherTreeError: it was saved from a tree of other names, shapes or dtypes.
+    """
+    path = manager.directory / str(step)
+    wanted = {
+        "tree": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
+        "fingerprint": np.zeros((), np.uint32),
+    }
+    sys.unraisablehook = _hush
     try:
-        return step, manager.restore(step, args=ocp.args.StandardRestore(abstract))
-    except (ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0][:200]
-        raise ValueError(
-            f"{manager.directory / str(step)}: the checkpoint is damaged or of another config "
-            f"({reason}); remove it to go on from the one before"
-        ) from None
+        unlike = _arrays(manager.item_metadata(step)) ^ _arrays(wanted)
+        found = None if unlike else manager.restore(step, args=ocp.args.StandardRestore(wanted))
+    except _NOT_DAMAGE:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds
+        raise DamagedError(f"{path}: the checkpoint is damaged ({_one_line(error)})") from None
+    if found is None:
+        name, shape, dtype = min(unlike)
+        raise OtherTreeError(
+            f"{path}: the checkpoint is of another config: {name} with shape {shape} and dtype "
+            f"{dtype} is in one of them only"
+        )
+    if _fingerprint(found["tree"]) != found["fingerprint"]:
+        raise DamagedError(f"{path}: the checkpoint is damaged (its bits do not add up)")
+    tree: T = found["tree"]
+    return tree
+
+
+def _hush(leftover: Any, heard: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """Orbax leaves reads behind when one fails, and each tells of it, on its own thread."""
+    noise = ("Event loop is closed", "Encountered error while reading array")
+    if not str(leftover.exc_value).startswith(noise):
+        heard(leftover)
+
+
+def _arrays(tree: Any) -> set[tuple[str, tuple[int, ...], str]]:
+    """(path, shape, dtype) of each array."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        (jax.tree_util.keystr(path, simple=True, separator="/"), tuple(x.shape), str(x.dtype))
+        for path, x in leaves
+    }
+
+
+def _set_aside(manager: ocp.CheckpointManager, steps: Iterable[int]) -> None:
+    """Rename, so that the steps can be saved again and what can be rescued is still there."""
+    if jax.process_index() == 0:
+        for step in steps:
+            aside = manager.directory / f"damaged-{step}"
+            shutil.rmtree(aside, ignore_errors=True)
+            (manager.directory / str(step)).rename(aside)
+    multihost_utils.sync_global_devices("damaged checkpoints set aside")
+    manager.reload()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def latest_step(directory: Path) -> int:
@@ -57,3 +291,13 @@ def latest_step(directory: Path) -> int:
         return 0
     steps = [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]
     return max(steps, default=0)
+
+
+def config_of(directory: Path) -> str | None:
+    """Hash of the config behind the newest checkpoint; None when there is none, or no such hash."""
+    path = directory / str(latest_step(directory)) / "_CHECKPOINT_METADATA"
+    try:
+        found = records.read_json(path).get("custom_metadata")
+    except ValueError:  # damaged: restoring will tell
+        return None
+    return found.get("config") if isinstance(found, dict) else None

@@ -347,6 +347,8 @@ class Sft:
     max_length: int  # tokens; longer examples are left out
     eval_share: float = 0.1  # of the examples, held out for the loss
     checkpoint_every: int  # steps
+    keep_checkpoints: int = 2  # the newest; were one damaged, the one before it would be used
+    keep_best: bool = False  # keep the epoch of the lowest held-out loss, too, and export that one
     lora: Lora
 
     def __post_init__(self) -> None:
@@ -354,7 +356,11 @@ class Sft:
         require_one_of("sft.format", self.format, SFT_FORMATS)
         require_one_of("sft.remat", self.remat, REMATS)
         counts = ("num_epochs", "batch_size", "num_microbatches", "max_length", "checkpoint_every")
-        require_at_least(1, self, "sft.", *counts)
+        require_at_least(1, self, "sft.", *counts, "keep_checkpoints")
+        require(
+            self.eval_share > 0 or not self.keep_best,
+            "sft.keep_best=True: needs sft.eval_share above 0",
+        )
         require_positive(self, "sft.", "learning_rate", "max_grad_norm")
         require(
             self.batch_size % self.num_microbatches == 0,

@@ -8,6 +8,7 @@ import jinja2
 from datasets import Dataset, Features, Value
 
 from refine_af.config import Experiment, config_hash
+from refine_af.models.writing import writing
 from refine_af.records import Row, write_text
 
 _FEATURES = Features(
@@ -75,7 +76,8 @@ def write_dataset(
     directory.mkdir(parents=True, exist_ok=True)
     table = Dataset.from_list([{k: row[k] for k in _FEATURES} for row in rows], _FEATURES)
     partial = directory / "train.parquet.partial"
-    table.to_parquet(str(partial))
+    with writing(directory / "train.parquet"):
+        table.to_parquet(str(partial))
     partial.replace(directory / "train.parquet")
     reasons = Counter(row["reason"] for row in rejected).most_common()
     card = _CARD.render(

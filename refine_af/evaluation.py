@@ -73,8 +73,8 @@ def predict(
 ) -> None:
     """Append the answers of one arm that are not in `path` yet, a batch at a time."""
     size = options.batch_size
+    records.cut(path)
     rows = records.read_rows(path, _FIELDS)
-    records.keep_rows(path, rows)
     known = {(row["task"], row["id"]) for row in rows if row["arm"] == arm}
     # A chat model ends its turn; a plain one goes on with the next example after a blank line.
     stop = ("\n\n",) if options.format == "raw" else ()

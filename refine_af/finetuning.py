@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
+from orbax.checkpoint import CheckpointManager
 from transformers import PreTrainedTokenizerBase
 
 from refine_af import checkpoints, logprobs, records, tokens, training
 from refine_af import config as config_lib
 from refine_af.base_model import BaseModel, lora_config
-from refine_af.config import Experiment
+from refine_af.config import Experiment, config_hash
 from refine_af.mesh import shard_batch
-from refine_af.models import convert, lora, transformer
+from refine_af.models import convert, lora, transformer, writing
 from refine_af.models.transformer import Definition, Params
 from refine_af.progress import bar
 from refine_af.randomness import generator, key_of
@@ -142,34 +143,74 @@ class FinetuningStage:
         options = self.config.sft
         train, held_out = self._examples()
         per_epoch = -(-len(train) // options.batch_size)
-        total = per_epoch * options.num_epochs
-        definition = self.base.adapted(options.lora)
-        tx = optimizer(options, total)
-        step_fn = make_step(definition, options, tx)
-        with checkpoints.open_manager(self.workdir / CHECKPOINTS, keep=1) as manager:
-            first, state = checkpoints.restore_latest(manager, self._new_state(tx))
-            metrics = self.workdir / METRICS
-            records.cut([metrics], first, "step")
-            with bar("fine-tuning", total=total, unit="step", done=first) as progress:
-                for step in range(first, total):
-                    began = time.monotonic()
-                    batch, count = self._batch(train, step, per_epoch)
-                    state, figures = step_fn(self.base.params, state, batch)
-                    row = {"step": step, "epoch": (step + 1) / per_epoch}
-                    row |= {name: float(value) for name, value in figures.items()}
-                    row["time/tokens_per_second"] = count / (time.monotonic() - began)
-                    if held_out and (step + 1) % per_epoch == 0:
-                        row["eval_loss"] = self._eval_loss(definition, state, held_out)
-                    training.check_skipped(state, _MAX_SKIPPED, f"fine-tuning step {step}")
-                    records.append_rows(metrics, [row])
-                    if (step + 1) % options.checkpoint_every == 0 or step + 1 == total:
-                        checkpoints.save(manager, step + 1, state)
-                    progress.update()
-                    progress.show(
-                        loss=f"{row['loss']:.3f}",
-                        tokens_per_second=f"{row['time/tokens_per_second']:.0f}",
-                    )
+        tx = optimizer(options, per_epoch * options.num_epochs)
+        metrics = self.workdir / METRICS
+        losses: dict[int, float] = {}  # held out, by the steps done
+
+        def best() -> int | None:
+            return min(losses, key=losses.__getitem__) if options.keep_best and losses else None
+
+        with checkpoints.open_manager(
+            self.workdir / CHECKPOINTS, keep=options.keep_checkpoints, best=best
+        ) as manager:
+            new = self._new_state(tx)
+            checkpoints.check_space(manager, new, options.keep_checkpoints + options.keep_best)
+            writing.check_space(self.workdir, convert.num_bytes(self.base.source.weights))
+            first, state = checkpoints.restore_latest(manager, new)
+            records.cut(metrics, first, "step")
+            for row in records.stream_rows(metrics):
+                losses |= {row["step"] + 1: row["eval_loss"]} if "eval_loss" in row else {}
+            state = self._train(manager, first, state, (train, held_out), losses)
+            if (chosen := best()) is not None:
+                manager.wait_until_finished()
+                state = checkpoints.restore(manager, chosen, state)
         self._export(state.params["adapter"])
+
+    def _train(
+        self,
+        manager: CheckpointManager,
+        first: int,
+        state: TrainState,
+        examples: tuple[list[Pair], list[Pair]],  # to train on, held out
+        losses: dict[int, float],  # is added to
+    ) -> TrainState:
+        """Steps from `first` on."""
+        options, (train, held_out) = self.config.sft, examples
+        per_epoch = -(-len(train) // options.batch_size)
+        steps = range(first, per_epoch * options.num_epochs)
+        definition = self.base.adapted(options.lora)
+        step_fn = make_step(definition, options, optimizer(options, steps.stop))
+
+        def learn(
+            step: int, state: TrainState, prepared: tuple[Examples, int]
+        ) -> tuple[TrainState, dict[str, str]]:
+            began = time.monotonic()
+            batch, count = prepared
+            state, figures = step_fn(self.base.params, state, batch)
+            row = {"step": step, "epoch": (step + 1) / per_epoch}
+            row |= {name: float(value) for name, value in figures.items()}
+            row["time/tokens_per_second"] = count / (time.monotonic() - began)
+            if held_out and (step + 1) % per_epoch == 0:
+                row["eval_loss"] = self._eval_loss(definition, state, held_out)
+                losses[step + 1] = row["eval_loss"]
+            training.check_skipped(state, _MAX_SKIPPED, f"fine-tuning step {step}")
+            records.append_rows(self.workdir / METRICS, [row])
+            rate = f"{row['time/tokens_per_second']:.0f}"
+            return state, {"loss": f"{row['loss']:.3f}", "tokens_per_second": rate}
+
+        with bar("fine-tuning", total=steps.stop, unit="step", done=first) as progress:
+            return checkpoints.advance(
+                manager,
+                state,
+                steps,
+                prepare=lambda step, _: self._batch(train, step, per_epoch),
+                learn=learn,
+                due=lambda done: (
+                    done % options.checkpoint_every == 0 or (options.keep_best and done in losses)
+                ),
+                config=config_hash(self.config),
+                progress=progress,
+            )
 
     def _examples(self) -> tuple[list[Pair], list[Pair]]:
         options = self.config.sft
@@ -236,18 +277,14 @@ _jit_response_loss = jax.jit(functools.partial(response_loss, remat="none"), sta
 
 
 def tuned_adapter(config: Experiment, base: BaseModel, workdir: Path) -> Params:
-    """Adapter after the last step of fine-tuning.
+    """Adapter that fine-tuning has exported.
 
     Raises:
         ValueError: fine-tuning has not finished.
     """
-    directory = workdir / CHECKPOINTS
     if not finished(workdir):
         raise ValueError(f"{workdir / EXPORT}: fine-tuning has not finished; run finetune first")
-    stage = FinetuningStage(config, base, (), workdir)
-    with checkpoints.open_manager(directory, keep=1) as manager:
-        state = checkpoints.restore_latest(manager, stage._new_state(optimizer(config.sft, 1)))[1]
-    return state.params["adapter"]
+    return lora.read_peft(workdir / ADAPTER, base.config)[1]
 
 
 def finished(workdir: Path) -> bool:

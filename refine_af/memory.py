@@ -1,11 +1,14 @@
-"""Memory of the sampler's caches: computed before anything is made or compiled."""
+"""Memory of caches and train states, computed before anything is made, and advice when it ends."""
 
+import dataclasses
 import sys
+from typing import Any
 
 import jax
 import numpy as np
 import psutil
 
+from refine_af.config import Experiment
 from refine_af.mesh import slot_sharding
 from refine_af.models import cache
 from refine_af.models.config import ModelConfig
@@ -84,3 +87,63 @@ def affordable_slots(
     if num_slots < wanted:
         print(f"notice: {num_slots} slots instead of {wanted}: {figures}", file=sys.stderr)
     return num_slots
+
+
+def check_state(state: Any, params: Any, mesh: jax.sharding.Mesh, stage: str) -> None:
+    """See to it that a train state and its gradient fit: the least that an update takes.
+
+    Args:
+        state: shapes, as `jax.eval_shape` gives them; large arrays lie over fsdp and tensor.
+        params: the part of it that is trained.
+
+    Raises:
+        ValueError: they do not.
+    """
+    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    needed, free = (_num_bytes(state) + _num_bytes(params)) // parts, free_bytes(mesh)
+    if needed > free:
+        raise ValueError(
+            f"{stage}: the train state and its gradient take {needed / 2**30:.1f} GiB on each "
+            f"device, and {free / 2**30:.1f} GiB are free; train an adapter (lora), take "
+            "ppo.optimizer=adafactor, or raise mesh.fsdp"
+        )
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+# Fields of a stage's section that decide how much memory it takes, and what to do with them.
+_LEVERS = {
+    "batch_size": "lower {}",
+    "num_microbatches": "raise {}",
+    "remat": "set {}=full",
+    "int8_cache": "set {}=True",
+    "max_length": "lower {}",
+}
+_SECTIONS = {
+    "generate_instructions": "instructions",
+    "train_ppo": "ppo",
+    "generate_instances": "instances",
+    "finetune": "sft",
+    "evaluate": "evaluation",
+}
+
+
+def advice(stage: str, config: Experiment, error: Exception) -> str:
+    """One line for a stage that ran out of memory: how much was asked for, what to change."""
+    name = _SECTIONS[stage]
+    values = dataclasses.asdict(getattr(config, name))
+    levers = {
+        f"{name}.{field}": lever
+        for field, lever in _LEVERS.items()
+        if field in values and values[field] != "full" and values[field] is not True
+    }
+    figures = {f"{name}.{field}": value for field, value in values.items()}
+    if "sampling" in values:
+        levers[f"{name}.sampling.max_new_tokens"] = "lower {}"
+        figures[f"{name}.sampling.max_new_tokens"] = values["sampling"]["max_new_tokens"]
+    levers["mesh.fsdp"], figures["mesh.fsdp"] = "raise {}", config.mesh.fsdp
+    reason = str(error).strip().partition("\n")[0][:200]
+    advice = ", ".join(f"{text.format(at)} (now {figures[at]})" for at, text in levers.items())
+    return f"{stage}: out of memory ({reason}): {advice}"

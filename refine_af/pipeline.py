@@ -6,14 +6,19 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from refine_af import (
     base_model,
+    checkpoints,
     dataset,
     evaluation,
     finetuning,
     instances,
     instructions,
+    memory,
     oracles,
     ppo_evaluation,
     records,
@@ -38,21 +43,36 @@ TIMINGS = "timings.json"
 def claim(config: Experiment, workdir: Path, *, force: bool) -> None:
     """Write the resolved config into the workdir, or check that it is the one there.
 
+    Forced, it replaces the one there, whose hash stays on record: its checkpoints may be used.
+
     Raises:
-        ValueError: the workdir belongs to a run with another config, and `force` is not set.
+        ValueError: the workdir, or a checkpoint in it, was made with another config, and `force`
+            is not set.
     """
     path = workdir / CONFIG
-    mine = config_hash(config)
-    if path.exists() and not force:
-        theirs = records.read_json(path).get("hash")
-        if theirs != mine:
+    mine, known = config_hash(config), records.read_json(path)
+    earlier = set(known.get("earlier", []))
+    for where, theirs in {
+        path: known.get("hash"),
+        **{folder: checkpoints.config_of(folder) for folder in _checkpoints(workdir)},
+    }.items():
+        if theirs in (None, mine, *earlier):
+            continue
+        if not force:
             raise ValueError(
-                f"{path}: this workdir was made with config {theirs}, not {mine}; take another "
+                f"{where}: this workdir was made with config {theirs}, not {mine}; take another "
                 "--workdir, or --force_config to go on with the new one"
             )
-        return
-    content = {"config": dataclasses.asdict(config), "hash": mine}
-    records.write_text(path, json.dumps(content, indent=1) + "\n")
+        earlier.add(theirs)
+    content: dict[str, Any] = {"config": dataclasses.asdict(config), "hash": mine}
+    if earlier:
+        content["earlier"] = sorted(earlier)
+    if known != json.loads(json.dumps(content)):
+        records.write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _checkpoints(workdir: Path) -> list[Path]:
+    return [workdir / stage.CHECKPOINTS for stage in (rlaf, finetuning)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,11 +207,19 @@ STAGES: dict[str, Callable[[Run], bool]] = {
 
 
 def run_stage(run: Run, name: str) -> None:
-    """Run one stage and add its wall time to the workdir's timings."""
+    """Run one stage and add its wall time to the workdir's timings.
+
+    Raises:
+        ValueError: it ran out of memory; with advice.
+    """
     began = time.monotonic()
     worked = True  # also when it is interrupted
     try:
         worked = STAGES[name](run)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise ValueError(memory.advice(name, run.config, error)) from None
+        raise
     finally:
         if worked:
             path = run.workdir / TIMINGS

@@ -1,12 +1,11 @@
 """Progress bars with rate, tokens per second and time left."""
 
-import threading
 import time
 from typing import Any
 
 from tqdm import tqdm
 
-interrupted = threading.Event()  # set by Ctrl-C
+from refine_af import interruptions
 
 
 class bar(tqdm):
@@ -26,13 +25,12 @@ class bar(tqdm):
         self._began = time.monotonic()
 
     def update(self, n: float | None = 1) -> bool | None:
-        """Count; also stop where the exception of a Ctrl-C was lost, in a library's callback say.
+        """Count; also stop where a signal has come.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C was pressed.
+            KeyboardInterrupt: it has.
         """
-        if interrupted.is_set():
-            raise KeyboardInterrupt
+        interruptions.check()
         shown: bool | None = super().update(n)
         return shown
 

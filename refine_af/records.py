@@ -8,9 +8,11 @@ incomplete) and makes that batch again, with the same result.
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from refine_af.models.writing import writing
 
 Row = dict[str, Any]
 
@@ -25,26 +27,39 @@ def read_rows(path: Path, strings: Sequence[str] = ()) -> list[Row]:
         ValueError: `file:line` of a complete line that is not a JSON object, lacks a field, or is
             not UTF-8.
     """
-    if not path.exists():
-        return []
-    *lines, _torn = path.read_bytes().split(b"\n")
+    return list(stream_rows(path, strings))
+
+
+def stream_rows(path: Path, strings: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of `read_rows`, one in memory at a time."""
+    if path.exists():
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    yield from _rows_of(line, path, number, strings)
+
+
+def _rows_of(line: bytes, path: Path, number: int, strings: Sequence[str] = ()) -> list[Row]:
     try:
-        return parse_lines([line.decode() for line in lines], path, strings)
+        return parse_lines([line.decode()], path, strings, first=number)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} in {error.object[:40]!r})") from None
 
 
-def parse_lines(lines: Iterable[str], path: Path, strings: Sequence[str] = ()) -> list[Row]:
+def parse_lines(
+    lines: Iterable[str], path: Path, strings: Sequence[str] = (), first: int = 1
+) -> list[Row]:
     """Rows of the lines of a file, which is named in errors; blank lines are skipped.
 
     Args:
         strings: fields that every row must have as a string.
+        first: number of the first line.
 
     Raises:
         ValueError: `file:line` is not a JSON object, or lacks a field.
     """
     rows = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(lines, start=first):
         if not line.strip():
             continue
         row = _parse(line, f"{path}:{number}", allow_nan=False)
@@ -92,33 +107,34 @@ def to_line(row: Row) -> str:
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Append rows in one write and force them to disk."""
+    """Append rows in one write and force them to disk.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
     data = "".join(map(to_line, rows)).encode()
-    if not data:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    if data:
+        _write(path, "ab", data)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: readers see the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Replace a file as a whole: readers see the old content or the new, never a part.
+
+    Raises:
+        OSError: the disk is full, or cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    _write(partial, "wb", text.encode())
     partial.replace(path)
 
 
-def keep_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Make `path` hold exactly `rows` (a prefix of what it holds), cutting a torn end too."""
-    text = "".join(map(to_line, rows))
-    if path.exists() and path.read_bytes() != text.encode():
-        write_text(path, text)
+def _write(path: Path, mode: str, data: bytes) -> None:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open(mode) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def resume(paths: Sequence[Path], key: str = "batch") -> tuple[int, list[list[Row]]]:
@@ -127,25 +143,36 @@ def resume(paths: Sequence[Path], key: str = "batch") -> tuple[int, list[list[Ro
     Raises:
         ValueError: as `read_rows`, or a row has no number.
     """
-    first = max((row[key] for path in paths for row in _numbered(path, key)), default=0)
-    return first, cut(paths, first, key)
+    first = max((_number(row, key, path) for path in paths for row in stream_rows(path)), default=0)
+    for path in paths:
+        cut(path, first, key)
+    return first, [read_rows(path) for path in paths]
 
 
-def cut(paths: Sequence[Path], first: int, key: str) -> list[list[Row]]:
-    """Drop from each file the rows from batch (or step) `first` on; returns what is kept.
+def cut(path: Path, first: float = math.inf, key: str = "batch") -> None:
+    """End a file where batch (or step) `first` begins, and before a torn last line.
 
     Raises:
         ValueError: as `read_rows`, or a row has no number.
     """
-    kept = [[row for row in _numbered(path, key) if row[key] < first] for path in paths]
-    for path, rows in zip(paths, kept, strict=True):
-        keep_rows(path, rows)
-    return kept
+    if not path.exists():
+        return
+    end = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break
+            rows = _rows_of(line, path, number) if first < math.inf else []
+            if any(_number(row, key, path) >= first for row in rows):
+                break
+            end += len(line)
+    if end < path.stat().st_size:
+        os.truncate(path, end)
 
 
-def _numbered(path: Path, key: str) -> list[Row]:
-    rows = read_rows(path)
-    odd = next((row for row in rows if type(row.get(key)) is not int or row[key] < 0), None)
-    if odd is not None:
-        raise ValueError(f"{path}: {key}={odd.get(key)!r}: expected each row's number of its {key}")
-    return rows
+def _number(row: Row, key: str, path: Path) -> int:
+    """A row's batch or step."""
+    number = row.get(key)
+    if type(number) is not int or number < 0:
+        raise ValueError(f"{path}: {key}={number!r}: expected each row's number of its {key}")
+    return number

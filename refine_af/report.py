@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from refine_af import diversity, plots
-from refine_af.records import Row, read_json, read_rows, write_text
+from refine_af.records import Row, read_json, read_rows, stream_rows, write_text
 
 Section = dict[str, Any]
 T = TypeVar("T")
@@ -149,7 +149,7 @@ def _ppo(workdir: Path) -> Section | None:
         "metrics": _extremes(rows),
         "alarms": read_rows(workdir / "ppo" / "alarms.jsonl"),
         "samples": _during_training(read_rows(workdir / "ppo" / "samples.jsonl")),
-        "rollouts": _first_and_last(read_rows(workdir / "ppo" / "rollouts.jsonl")),
+        "rollouts": _first_and_last(stream_rows(workdir / "ppo" / "rollouts.jsonl")),
         "components_of": _component_names(rows),
         "held_out": _held_out(workdir),
         "reward": Markup(plots.reward(rows)),
@@ -305,6 +305,8 @@ def _first_and_last(rollouts: Iterable[Row]) -> list[tuple[int, list[Row]]]:
     steps: dict[int, list[Row]] = defaultdict(list)
     for row in rollouts:
         steps[row["step"]].append(row)
+        if len(steps) > 2:
+            del steps[sorted(steps)[1]]
     ends = sorted({min(steps), max(steps)}) if steps else []
     return [(step, _spread(steps[step], _NUM_ROLLOUTS)) for step in ends]
 

@@ -5,6 +5,7 @@ reference -> score them with the oracle -> update.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from orbax.checkpoint import CheckpointManager
 
 from refine_af import (
     alarms,
     checkpoints,
     flops,
+    memory,
     policy_update,
     ppo_evaluation,
     prompts,
@@ -30,7 +33,7 @@ from refine_af import (
     training,
 )
 from refine_af.base_model import BaseModel
-from refine_af.config import Experiment, Reward
+from refine_af.config import Experiment, Reward, config_hash
 from refine_af.mesh import batch_parts, shard_batch
 from refine_af.models.transformer import Params
 from refine_af.policy import Policy
@@ -68,47 +71,82 @@ class RlafStage:
 
     def run(self) -> None:
         """Take all steps that are not done yet; state, metrics and answers go to the workdir."""
+        measured = self._held_out_requests()
+        layout = self._layout(self._longest_prompt(measured))
+        directory, keep = self.workdir / CHECKPOINTS, self.config.ppo.keep_checkpoints
+        with checkpoints.open_manager(directory, keep=keep) as manager:
+            shapes = jax.eval_shape(lambda: new_state(self.config, self.base))
+            memory.check_state(shapes, shapes.params, self.base.mesh, "train_ppo")
+            new = new_state(self.config, self.base)
+            checkpoints.check_space(manager, new, keep)
+            first, state = checkpoints.restore_latest(manager, new)
+            state = self._train(manager, first, state, measured, layout)
+        if measured:
+            self._evaluate(state, measured, layout)
+
+    def _train(
+        self,
+        manager: CheckpointManager,
+        first: int,
+        state: TrainState,
+        measured: Sequence[Request],
+        layout: Layout,
+    ) -> TrainState:
+        """Steps from `first` on."""
         options = self.config.ppo
         update = policy_update.make_update(
             Policy(self.base, options).definition, options, self.base.mesh
         )
-        batches = [self._requests(step) for step in range(options.num_steps)]
-        measured = self._held_out_requests()
-        asked = [*measured, *(request for batch, _ in batches for request in batch)]
-        layout = self._layout(max(len(request.prompt_ids) for request in asked))
-        with checkpoints.open_manager(
-            self.workdir / CHECKPOINTS, keep=options.keep_checkpoints
-        ) as manager:
-            first, state = checkpoints.restore_latest(manager, new_state(self.config, self.base))
-            history = records.cut([self.workdir / name for name in _RECORDS], first, "step")[0]
-            ahead: _Sampled | None = None
-            with (
-                tracking.open_trackers(self.workdir / "ppo", self.config, first) as trackers,
-                bar("ppo", total=options.num_steps, unit="step", done=first) as progress,
-            ):
-                for step in range(first, options.num_steps):
-                    sampled = ahead or self._sampled(state, batches[step], layout)
-                    waits = self._samples_ahead(step + 1)
-                    ahead = self._sampled(state, batches[step + 1], layout) if waits else None
-                    state, metrics, rows = self._learn(step, state, update, sampled)
-                    training.check_skipped(state, _MAX_SKIPPED, f"ppo step {step}", metrics)
-                    samples: list[Row] = []
-                    if options.eval_every and (step + 1) % options.eval_every == 0:
-                        looked_at = measured[:: options.num_eval_samples]
-                        figures, samples = self._look(step, state, looked_at)
-                        metrics |= figures
-                    history.append({"step": step, **metrics})
-                    self._record(history, rows, samples, trackers)
-                    if (step + 1) % options.checkpoint_every == 0 or step + 1 == options.num_steps:
-                        checkpoints.save(manager, step + 1, state)
-                    progress.update()
-                    progress.show(
-                        reward=f"{metrics['reward/mean']:.3f}",
-                        kl=f"{metrics['kl/k1']:.2f}",
-                        tokens_per_second=f"{metrics['time/tokens_per_second']:.0f}",
-                    )
-        if measured:
-            self._evaluate(state, measured, layout)
+        for name in _RECORDS:
+            records.cut(self.workdir / name, first, "step")
+        history = alarms.window(records.read_rows(self.workdir / METRICS))
+        ahead: dict[int, _Sampled] = {}
+        steps = range(first, options.num_steps)
+
+        def sample(step: int, state: TrainState) -> _Scored:
+            sampled = ahead.pop(step, None) or self._sampled(state, step, layout)
+            if self._samples_ahead(step + 1):
+                ahead[step + 1] = self._sampled(state, step + 1, layout)
+            return self._scored(sampled)
+
+        def learn(
+            step: int, state: TrainState, scored: _Scored
+        ) -> tuple[TrainState, dict[str, str]]:
+            state, metrics = self._learn(step, state, update, scored)
+            training.check_skipped(state, _MAX_SKIPPED, f"ppo step {step}", metrics)
+            samples: list[Row] = []
+            if options.eval_every and (step + 1) % options.eval_every == 0:
+                figures, samples = self._look(step, state, measured[:: options.num_eval_samples])
+                metrics |= figures
+            history[:] = alarms.window([*history, {"step": step, **metrics}])
+            self._record(history, scored.rows(step), samples, trackers)
+            return state, {
+                "reward": f"{metrics['reward/mean']:.3f}",
+                "kl": f"{metrics['kl/k1']:.2f}",
+                "tokens_per_second": f"{metrics['time/tokens_per_second']:.0f}",
+            }
+
+        with (
+            tracking.open_trackers(self.workdir / "ppo", self.config, first) as trackers,
+            bar("ppo", total=steps.stop, unit="step", done=first) as progress,
+        ):
+            return checkpoints.advance(
+                manager,
+                state,
+                steps,
+                prepare=sample,
+                learn=learn,
+                due=lambda done: done % options.checkpoint_every == 0,
+                resumable=lambda done: not self._samples_ahead(done),
+                config=config_hash(self.config),
+                progress=progress,
+            )
+
+    def _longest_prompt(self, others: Sequence[Request]) -> int:
+        """Tokens of the longest prompt of all steps; none of them is kept."""
+        steps = range(self.config.ppo.num_steps)
+        made = (request for step in steps for request in self._requests(step)[0])
+        return max(len(request.prompt_ids) for request in itertools.chain(others, made))
 
     def _samples_ahead(self, step: int) -> bool:
         """Whether a step's answers are of the policy one step back.
@@ -196,11 +234,9 @@ class RlafStage:
         ids = tokens.encode_prompt(self.base.tokenizer, text, self.config.prompts.format)
         return Request(tuple(ids), self.config.ppo.sampling, seed)
 
-    def _sampled(
-        self, state: TrainState, batch: tuple[list[Request], list[str]], layout: Layout
-    ) -> "_Sampled":
+    def _sampled(self, state: TrainState, step: int, layout: Layout) -> "_Sampled":
         """Answers of the policy as it is, and what it, critic and reference say of them."""
-        requests, instructions = batch
+        requests, instructions = self._requests(step)
         began = time.monotonic()
         completions = self._sample(state.params, requests, instructions)
         sampled = time.monotonic()
@@ -209,20 +245,23 @@ class RlafStage:
         times = {"time/sample": sampled - began, "time/read": time.monotonic() - sampled}
         return _Sampled(requests, instructions, completions, rows, reading, times)
 
-    def _learn(
-        self, step: int, state: TrainState, update: Any, sampled: "_Sampled"
-    ) -> tuple[TrainState, dict[str, float], list[Row]]:
-        """Score answers and update the policy with them."""
-        requests, instructions, completions, rows, reading, times = sampled
+    def _scored(self, sampled: "_Sampled") -> "_Scored":
         began = time.monotonic()
-        examples, judgements = self._judge(instructions, completions, self.config.reward)
-        scored = time.monotonic()
+        judged = self._judge(sampled.instructions, sampled.completions, self.config.reward)
+        return _Scored(sampled, *judged, time.monotonic() - began)
+
+    def _learn(
+        self, step: int, state: TrainState, update: Any, scored: "_Scored"
+    ) -> tuple[TrainState, dict[str, float]]:
+        """Update the policy with answers; `state` is donated."""
+        (requests, _, completions, rows, reading, times), _, judgements, seconds = scored
+        began = time.monotonic()
         scores = np.asarray([j.reward for j in judgements], np.float32)
         rows = rows._replace(score=shard_batch(self.base.mesh, scores))
         key = key_of(self.config.seed, "ppo/permutation", step)
         state, metrics = update(self.base.params, state, rows, reading, key)
         figures = {name: float(value) for name, value in metrics.items()}
-        times |= {"time/score": scored - began, "time/update": time.monotonic() - scored}
+        times |= {"time/score": seconds, "time/update": time.monotonic() - began}
         figures |= rollout_metrics.of(completions, judgements)
         figures["ppo/skipped"] = float(state.skipped)
         figures["batch/padding_share"] = rollout.padding_share(requests, completions, rows)
@@ -235,7 +274,7 @@ class RlafStage:
             flops.peak(self.config.model.dtype) * (times["time/read"] + times["time/update"])
         )
         figures["memory/peak_gib"] = rollout_metrics.peak_memory()
-        return state, figures, _answer_rows(step, instructions, completions, examples, judgements)
+        return state, figures
 
     def _operations(self, requests: Sequence[Request], completions: Sequence[Completion]) -> float:
         """Of a rollout's reading and update."""
@@ -244,10 +283,10 @@ class RlafStage:
         return flops.of_step(self.base.config, self.config.ppo, texts, predictions)
 
     def _look(
-        self, step: int, state: TrainState, requests: list[Request]
+        self, step: int, state: TrainState, requests: Sequence[Request]
     ) -> tuple[dict[str, float], list[Row]]:
         """(figures named `eval/...`, rows) of an answer to each held-out instruction."""
-        completions = self._sample(state.params, requests, self.held_out)
+        completions = self._sample(state.params, list(requests), self.held_out)
         examples, judgements = self._judge(self.held_out, completions, self._absolute)
         figures = rollout_metrics.of(completions, judgements)
         return {f"eval/{name}": value for name, value in figures.items()}, _answer_rows(
@@ -363,6 +402,20 @@ class _Sampled(NamedTuple):
     times: dict[str, float]  # seconds by phase
 
 
+class _Scored(NamedTuple):
+    """A rollout to learn from."""
+
+    sampled: _Sampled
+    examples: list[rewards.Example | None]
+    judgements: list[rewards.Judgement]
+    seconds: float
+
+    def rows(self, step: int) -> list[Row]:
+        """What is written down of it."""
+        instructions, completions = self.sampled.instructions, self.sampled.completions
+        return _answer_rows(step, instructions, completions, self.examples, self.judgements)
+
+
 def new_state(config: Experiment, base: BaseModel) -> TrainState:
     """State before the first step."""
     params = Policy(base, config.ppo).new_params(config.seed)
@@ -410,14 +463,15 @@ def tuned_policy(config: Experiment, base: BaseModel, workdir: Path) -> Params:
     """Parameters for an engine, of the policy after the last PPO step.
 
     Raises:
-        ValueError: stage 2 has not finished.
+        ValueError: stage 2 has not finished, or its last checkpoint is damaged.
     """
     directory = workdir / CHECKPOINTS
-    step = steps_done(workdir)
-    if step < config.ppo.num_steps:
+    step, state = steps_done(workdir), None
+    if step >= config.ppo.num_steps:
+        with checkpoints.open_manager(directory, keep=config.ppo.keep_checkpoints) as manager:
+            step, state = checkpoints.restore_latest(manager, new_state(config, base))
+    if state is None or step < config.ppo.num_steps:
         raise ValueError(
             f"{directory}: PPO has done {step} of {config.ppo.num_steps} steps; run train_ppo first"
         )
-    with checkpoints.open_manager(directory, keep=config.ppo.keep_checkpoints) as manager:
-        state = checkpoints.restore_latest(manager, new_state(config, base))[1]
     return Policy(base, config.ppo).for_sampling(state.params)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.proto.summary_pb2 import Summary
 
 from refine_af.config import Experiment, config_hash
+from refine_af.events import EventFile
 from refine_af.records import Row
 
 _COLUMNS = ("instruction", "input", "output", "reward", "finish_reason")  # of the table of samples
@@ -34,23 +36,23 @@ class TensorBoard:
 
     def __init__(self, folder: Path, config: Experiment, first: int) -> None:
         del config
-        self._writer = SummaryWriter(str(folder), purge_step=first)
+        self._file = EventFile(folder, first)
 
     def figures(self, step: int, values: Mapping[str, float]) -> None:
         """See `Tracker`."""
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        scalars = [Summary.Value(tag=name, simple_value=x) for name, x in values.items()]
+        self._file.add(step, Summary(value=scalars))
 
     def samples(self, step: int, rows: Sequence[Row]) -> None:
         """See `Tracker`; a table in Markdown."""
         lines = [_COLUMNS, ["---"] * len(_COLUMNS), *map(_cells, rows)]
         escaped = [[_markdown(cell) for cell in line] for line in lines]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
-        self._writer.add_text("samples", table, step)
+        self._file.add(step, summary.text("samples", table))
 
     def close(self) -> None:
         """See `Tracker`."""
-        self._writer.close()
+        self._file.close()
 
 
 class WeightsAndBiases:

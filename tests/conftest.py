@@ -13,7 +13,7 @@ import hypothesis
 import jax
 import pytest
 
-pytest_plugins = ["programs"]  # its fixtures
+pytest_plugins = ["programs", "runs"]  # their fixtures
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)

@@ -6,6 +6,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 from refine_af import alarms, config, records
@@ -225,3 +226,18 @@ def test_advice_names_fields_that_exist() -> None:
     for name in names:
         section, _, field = name.rpartition(".")
         assert field in {f.name for f in dataclasses.fields(sections[section])}, name
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_window_of_the_history_is_as_good_as_all_of_it(seed: int) -> None:
+    """Also where rows lack metrics; and it does not grow."""
+    rng = np.random.default_rng(seed)
+    rows, kept = [], []
+    for _ in range(300):
+        row = {name: x * 10.0 ** rng.normal(scale=0.7) for name, x in SOUND.items()}
+        row = {name: x for name, x in row.items() if rng.random() < 0.8}
+        rows.append(row)
+        kept = alarms.window([*kept, row])
+        assert alarms.check(kept, OPTIONS) == alarms.check(rows, OPTIONS)
+    assert any(alarms.check(rows[:i], OPTIONS) for i in range(300))
+    assert len(kept) < 40

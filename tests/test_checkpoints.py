@@ -1,7 +1,7 @@
 """Checkpoints: the same bits come back, on any mesh, and only finished ones count."""
 
-import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from refine_af import checkpoints, mesh, training
+from refine_af import checkpoints, interruptions, mesh, training
 from refine_af.config import Mesh
+from refine_af.progress import bar
 from refine_af.training import TrainState
 
 
@@ -36,7 +37,7 @@ def state(seed: int = 0) -> TrainState:
     rng = np.random.default_rng(seed)
     draw = rng.standard_normal
     params = {
-        "adapter": {"a": draw((8, 4), np.float32), "b": jnp.asarray(draw((4, 8)), jnp.bfloat16)},
+        "adapter": {"a": draw((16, 8), np.float32), "b": jnp.asarray(draw((8, 16)), jnp.bfloat16)},
         "value_head": {"kernel": draw(8, np.float32), "bias": np.float32(draw())},
     }
     made = training.new_state(params, optax.adam(1e-3), 0.1)
@@ -62,12 +63,16 @@ def assert_equal(actual: TrainState, expected: TrainState) -> None:
         np.testing.assert_array_equal(np.asarray(a), b)
 
 
-@pytest.mark.parametrize("written", [ONE, on_mesh(8, fsdp=4, tensor=2)], ids=["1", "4x2"])
-@pytest.mark.parametrize(
-    "read",
-    [ONE, on_mesh(8, fsdp=4, tensor=2), on_mesh(8, fsdp=2, tensor=4), on_mesh(4, data=2, fsdp=2)],
-    ids=["1", "4x2", "2x4", "2x2"],
-)
+MESHES = {
+    "one device": ONE,
+    "fsdp 8": on_mesh(8, fsdp=8),
+    "fsdp 4, tensor 2": on_mesh(8, fsdp=4, tensor=2),
+    "data 2, tensor 2": on_mesh(4, data=2, fsdp=1, tensor=2),
+}
+
+
+@pytest.mark.parametrize("written", [ONE, MESHES["fsdp 8"]], ids=["one device", "fsdp 8"])
+@pytest.mark.parametrize("read", MESHES.values(), ids=MESHES)
 def test_the_same_bits_come_back_on_any_mesh(
     written: Callable[[Any], Any], read: Callable[[Any], Any], tmp_path: Path
 ) -> None:
@@ -123,50 +128,219 @@ def test_an_error_in_the_block_still_finishes_the_save(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["7.orbax-checkpoint-tmp", "7.orbax-checkpoint-tmp-12", "other"])
-def test_what_is_not_finished_does_not_count(name: str, tmp_path: Path) -> None:
-    """A save that was killed leaves a directory of another name."""
+def test_what_is_not_finished_does_not_count_and_is_removed(name: str, tmp_path: Path) -> None:
+    """A save that was killed leaves a directory of another name; what is not Orbax's stays."""
     save(tmp_path, 5)
     (tmp_path / name / "default").mkdir(parents=True)
     assert checkpoints.latest_step(tmp_path) == 5
     step, restored = restore(tmp_path, ONE(state()))
     assert step == 5
     assert_equal(restored, state(5))
+    assert (tmp_path / name).exists() == (name == "other")
 
 
-# One array alone: of several, Orbax leaves those behind that it reads when the first one fails.
+def test_the_best_stays_beside_the_newest(tmp_path: Path) -> None:
+    losses: dict[int, float] = {}
+
+    def best() -> int | None:
+        return min(losses, key=losses.__getitem__) if losses else None
+
+    for step, loss in enumerate([3.0, 1.0, 2.0, 2.5, 1.5], start=1):  # each in a start of its own
+        losses[step] = loss
+        with checkpoints.open_manager(tmp_path, keep=2, best=best) as manager:
+            checkpoints.save(manager, step, ONE(state(step)))
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [2, 4, 5]
+    with checkpoints.open_manager(tmp_path, keep=2, best=best) as manager:
+        assert_equal(checkpoints.restore(manager, 2, ONE(state())), state(2))
+
+
+def test_the_hash_of_the_config_is_kept(tmp_path: Path) -> None:
+    assert checkpoints.config_of(tmp_path) is None
+    with checkpoints.open_manager(tmp_path, keep=1) as manager:
+        checkpoints.save(manager, 4, ONE(state()), config="c0ffee")
+    assert checkpoints.config_of(tmp_path) == "c0ffee"
+
+
+def test_too_little_space_is_told_beforehand(tmp_path: Path) -> None:
+    huge = {"x": jax.ShapeDtypeStruct((1 << 40,), jnp.float32)}
+    with checkpoints.open_manager(tmp_path, keep=2) as manager:
+        checkpoints.check_space(manager, ONE(state()), 2)
+        with pytest.raises(OSError, match=r"GiB are free, 12288\.0 GiB are needed; make room"):
+            checkpoints.check_space(manager, huge, 2)
+
+
+# Damage. One array alone: of several, Orbax leaves those behind that it reads when the first fails.
 
 
 def save_array(directory: Path, *steps: int) -> None:
+    rng = np.random.default_rng(0)
     with checkpoints.open_manager(directory, keep=9) as manager:
         for step in steps:
-            checkpoints.save(manager, step, {"x": jnp.full((64, 64), step, jnp.float32)})
+            noise = rng.standard_normal((64, 64), np.float32)
+            checkpoints.save(manager, step, {"x": jnp.asarray(noise).at[0, 0].set(step)})
 
 
-@pytest.mark.parametrize("pattern", ["d/*", "_METADATA", "manifest.ocdbt"])
-@pytest.mark.parametrize("flip", [True, False], ids=["flipped", "cut"])
-def test_a_damaged_checkpoint_is_an_error_and_the_one_before_is_good(
-    pattern: str, flip: bool, tmp_path: Path
-) -> None:
-    save_array(tmp_path, 5, 6)
-    (file,) = (tmp_path / "6/default").glob(pattern)
+def damage(file: Path, how: str) -> None:
     data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    file.write_bytes(data if flip else data[: len(data) // 2])
-    message = rf"{tmp_path}/6: the checkpoint is damaged .* remove it to go on from the one before"
-    like = {"x": jnp.zeros((64, 64))}
-    with pytest.raises(ValueError, match=message):
-        restore(tmp_path, like)
-    shutil.rmtree(tmp_path / "6")
-    step, restored = restore(tmp_path, like)
+    if how == "removed":
+        return file.unlink()
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data if how == "flipped" else data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    "pattern", ["d/*", "_METADATA", "manifest.ocdbt", "ocdbt.process_0/d/*", "../_CHECKPOINT_*"]
+)
+@pytest.mark.parametrize("how", ["flipped", "cut", "removed"])
+def test_of_a_damaged_checkpoint_the_one_before_is_used(
+    pattern: str, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bit that flips in an array, too, which its file format lets pass."""
+    save_array(tmp_path, 5, 6)
+    files = (tmp_path / "6/default").glob(pattern)
+    damage(max(files, key=lambda file: file.stat().st_size), how)
+    step, restored = restore(tmp_path, {"x": jnp.zeros((64, 64))})
+    assert restored["x"][0, 0] == step
+    if pattern == "../_CHECKPOINT_*" and how != "flipped":
+        assert step == 6, "nothing of the arrays is lost"
+        return
     assert step == 5
-    assert (restored["x"] == 5).all()
+    (notice,) = [m for m in caplog.messages if m.startswith(f"{tmp_path}/6: the checkpoint is ")]
+    assert notice.endswith("; going on from step 5")
+    assert "\n" not in notice
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "damaged-6"]
+    save_array(tmp_path, 6)
+    assert restore(tmp_path, {"x": jnp.zeros((64, 64))})[0] == 6
 
 
-@pytest.mark.parametrize(("name", "columns"), [("x", 32), ("y", 64)])
-def test_a_checkpoint_of_another_tree_is_refused(name: str, columns: int, tmp_path: Path) -> None:
-    save_array(tmp_path, 5)
-    with pytest.raises(ValueError, match=r"/5: the checkpoint is damaged or of another config"):
-        restore(tmp_path, {name: jnp.zeros((64, columns))})
+def test_when_all_are_damaged_that_is_an_error(tmp_path: Path) -> None:
+    save_array(tmp_path, 5, 6)
+    for step in (5, 6):
+        damage(tmp_path / f"{step}/default/manifest.ocdbt", "cut")
+    message = (
+        rf"^{tmp_path}/6: the checkpoint is damaged \(.*\), and so are all before it; remove "
+        rf"{tmp_path} to begin again with step 0$"
+    )
+    with pytest.raises(ValueError, match=message):
+        restore(tmp_path, {"x": jnp.zeros((64, 64))})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [
+        ("tree/x", {"x": jnp.zeros((64, 32))}),
+        ("tree/x", {"x": jnp.zeros((64, 64), jnp.bfloat16)}),
+        ("tree/x", {"y": jnp.zeros((64, 64))}),
+        ("tree/y", {"x": jnp.zeros((64, 64)), "y": jnp.zeros(1)}),
+    ],
+)
+def test_checkpoints_of_another_tree_are_refused(
+    name: str, like: dict[str, jax.Array], tmp_path: Path
+) -> None:
+    """And not taken for damaged ones."""
+    save_array(tmp_path, 4, 5)
+    with pytest.raises(ValueError, match=rf"/5: the checkpoint is of another config: {name} with"):
+        restore(tmp_path, like)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
+
+
+# Signals
+
+
+def take_steps(
+    directory: Path,
+    at: dict[int, Callable[[], None]],
+    *,
+    learning: bool = False,
+    resumable: Callable[[int], bool] = lambda _: True,
+) -> list[int]:
+    """Steps that a signal in some of them lets pass: `tree` counts them; none is due to be saved.
+
+    Args:
+        at: what happens in a step.
+        learning: whether that is while it learns, instead of before.
+    """
+    taken: list[int] = []
+    eat = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+
+    def happen(step: int) -> None:
+        at.get(step, lambda: None)()
+
+    def prepare(step: int, tree: Any) -> None:
+        if not learning:
+            happen(step)
+
+    def learn(step: int, tree: Any, _: None) -> tuple[Any, dict[str, str]]:
+        tree = eat(tree)
+        if learning:
+            happen(step)
+        taken.append(step)
+        return tree, {}
+
+    interruptions.install()
+    with (
+        checkpoints.open_manager(directory, keep=9) as manager,
+        bar("steps", total=9, unit="step") as progress,
+    ):
+        first, tree = checkpoints.restore_latest(manager, {"x": jnp.zeros(())})
+        assert tree["x"] == first
+        checkpoints.advance(
+            manager,
+            tree,
+            range(first, 9),
+            prepare=prepare,
+            learn=learn,
+            due=lambda done: done == 2,
+            resumable=resumable,
+            config="",
+            progress=progress,
+        )
+    return taken
+
+
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    kept = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    interruptions.install()  # forgets what came
+    for signum, handler in kept.items():
+        signal.signal(signum, handler)
+
+
+def send(signum: signal.Signals, times: int = 1) -> Callable[[], None]:
+    def act() -> None:
+        for _ in range(times):
+            signal.raise_signal(signum)
+
+    return act
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("learning", "times", "saved"),
+    [
+        (False, 1, 4),  # step 4 is dropped, the state after 0 to 3 is saved
+        (True, 1, 5),  # it is finished first
+        (True, 2, 2),  # it is cut, its arrays are given away already: the last one that was due
+    ],
+)
+def test_a_signal_saves_the_newest_finished_step(
+    learning: bool, times: int, saved: int, signum: signal.Signals, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        take_steps(tmp_path, {4: send(signum, times)}, learning=learning)
+    assert interruptions.received() == signum
+    assert checkpoints.latest_step(tmp_path) == saved
+    assert take_steps(tmp_path, {}) == list(range(saved, 9))
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_a_state_that_is_not_all_that_the_next_step_needs_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        take_steps(tmp_path, {4: send(signal.SIGTERM)}, resumable=lambda done: done != 4)
+    assert checkpoints.latest_step(tmp_path) == 2
 
 
 def test_the_latest_step_of_nothing_is_0(tmp_path: Path) -> None:

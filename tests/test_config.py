@@ -142,6 +142,7 @@ AT_LEAST_ONE = {
     **counts("ppo.", "kl_horizon checkpoint_every keep_checkpoints"),
     **counts("instances.", "batch_size answers_per_instruction max_per_instruction"),
     **counts("sft.", "num_epochs batch_size num_microbatches max_length checkpoint_every"),
+    **counts("sft.", "keep_checkpoints"),
     **counts("evaluation.", "max_instances max_source_tokens batch_size max_new_tokens"),
     "ppo.lora.rank": "lora.rank=0: expected at least 1",
     "ppo.sampling.max_new_tokens": "max_new_tokens=0: expected at least 1",

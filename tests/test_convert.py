@@ -390,7 +390,7 @@ def test_too_little_space_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 10))
-    with pytest.raises(OSError, match=r"0\.0 GiB are free, .* GiB are needed; make room"):
+    with pytest.raises(OSError, match=r"0\.0 MiB are free, .* MiB are needed; make room"):
         convert.convert(sources.open_model("random:tiny"), tmp_path / "target")
     assert not list(tmp_path.iterdir())
 

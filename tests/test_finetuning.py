@@ -307,6 +307,27 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(
     assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_the_best_epoch_is_kept_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the first of two; and a second start still knows."""
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr(FinetuningStage, "_eval_loss", lambda *_: next(losses))
+    options = dataclasses.replace(SFT, keep_best=True, keep_checkpoints=1)
+    mine = stage(tmp_path, dataclasses.replace(EXPERIMENT, sft=options))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hf, "write", fail_at(0, hf.write))
+        mine.run()
+    mine.run()
+    folder, like = tmp_path / finetuning.CHECKPOINTS, mine._new_state(finetuning.optimizer(SFT, 6))
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+    with checkpoints.open_manager(folder, keep=2) as manager:
+        first, last = (checkpoints.restore(manager, step, like).params for step in (3, 6))
+    assert_close(tuned(tmp_path), first["adapter"], 0)
+    with pytest.raises(AssertionError):
+        assert_close(first, last, 0)
+
+
 def test_a_step_that_is_not_finite_is_recorded_as_null(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,11 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from programs import Program, Result, jsonl, refused
 
+from refine_af import checkpoints, memory, mesh, pipeline, records, rlaf, tokens
 from refine_af import config as config_lib
-from refine_af import mesh, pipeline, records, tokens
 from refine_af.config import config_hash
 from refine_af.launch import flags
 
@@ -114,6 +116,45 @@ def test_a_workdir_belongs_to_one_config(program: Program, tmp_path: Path) -> No
     assert program(*other) == refused(lacking), "now it is the new config's"
 
 
+def test_checkpoints_of_another_config_are_refused_unless_forced(tmp_path: Path) -> None:
+    """Once forced, the workdir remembers."""
+    folder = tmp_path / rlaf.CHECKPOINTS
+    with checkpoints.open_manager(folder, keep=1) as manager:
+        checkpoints.save(manager, 1, {"x": jnp.zeros(1)}, config="c0ffee")
+    mine = config_hash(TINY)
+    message = rf"^{folder}: this workdir was made with config c0ffee, not {mine}; .*--force_config"
+    with pytest.raises(ValueError, match=message):
+        pipeline.claim(TINY, tmp_path, force=False)
+    pipeline.claim(TINY, tmp_path, force=True)
+    pipeline.claim(TINY, tmp_path, force=False)
+    assert records.read_json(tmp_path / "config.json")["earlier"] == ["c0ffee"]
+
+
+def test_a_stage_out_of_memory_gives_advice_with_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(run: pipeline.Run) -> bool:
+        jax.jit(lambda: jnp.zeros((1 << 44,)))()
+        return True
+
+    monkeypatch.setitem(pipeline.STAGES, "train_ppo", greedy)
+    with pytest.raises(ValueError) as caught:
+        pipeline.run_stage(pipeline.Run(TINY, tmp_path), "train_ppo")
+    assert str(caught.value) == (
+        "train_ppo: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 70368744177664 "
+        "bytes.): lower ppo.batch_size (now 8), raise ppo.num_microbatches (now 2), set "
+        "ppo.int8_cache=True (now False), lower ppo.sampling.max_new_tokens (now 32), raise "
+        "mesh.fsdp (now -1)"
+    )
+
+
+def test_a_train_state_that_cannot_fit_is_refused_beforehand() -> None:
+    huge = {"x": jax.ShapeDtypeStruct((1 << 42,), jnp.float32)}
+    message = r"^train_ppo: the train state and its gradient take 4096\.0 GiB on each device, and "
+    with pytest.raises(ValueError, match=message):
+        memory.check_state(huge, huge, mesh.make_mesh(TINY.mesh), "train_ppo")
+
+
 def test_a_broken_config_json_is_named(program: Program, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     message = f"{tmp_path / 'config.json'}: not valid JSON ({NOT_JSON})"
@@ -202,10 +243,12 @@ def test_rows_may_hold_any_line_break_but_a_newline_and_begin_with_a_mark(tmp_pa
 # Faults
 
 
-def start(action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def start(
+    action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, *, resumes: bool = True
+) -> None:
     monkeypatch.setattr(sys, "argv", ["program"])
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
-    flags.start(action)
+    flags.start(action, resumes=resumes)
 
 
 def in_a_manager() -> None:
@@ -250,13 +293,27 @@ def test_defects_keep_their_traceback(
         start(action, monkeypatch)
 
 
-def test_ctrl_c_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("signum", "resumes", "code", "left_over"),
+    [
+        (signal.SIGINT, True, 130, "the same command goes on from here"),
+        (signal.SIGTERM, True, 0, "the same command goes on from here"),
+        (signal.SIGINT, False, 130, "nothing was written"),
+        (signal.SIGTERM, False, 143, "nothing was written"),
+    ],
+)
+def test_a_signal_is_one_line(
+    signum: signal.Signals,
+    resumes: bool,
+    code: int,
+    left_over: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as exit:
-        start(lambda: signal.raise_signal(signal.SIGINT), monkeypatch)
+        start(lambda: signal.raise_signal(signum), monkeypatch, resumes=resumes)
     result = Result(exit.value.code, *capsys.readouterr())
-    assert result == (130, "", "\nstopped; the same command goes on from here\n")
+    assert result == (code, "", f"\nstopped; {left_over}\n")
 
 
 # Programs that read and write files of the user

@@ -33,7 +33,7 @@ def test_a_last_line_without_its_newline_is_ignored_and_cut(torn: bytes, tmp_pat
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"batch": 0}\n' + torn)
     assert records.read_rows(path) == [{"batch": 0}]
-    records.keep_rows(path, [{"batch": 0}])
+    records.cut(path)
     assert path.read_bytes() == b'{"batch": 0}\n'
 
 
@@ -142,9 +142,9 @@ def test_making_the_dropped_batch_again_gives_the_same_file(tmp_path: Path) -> N
 
 def test_cut_uses_the_key_that_it_is_given(tmp_path: Path) -> None:
     rows = [{"step": 10}, {"step": 20}, {"step": 30}]
-    paths = write_all(tmp_path, rows)
-    assert records.cut(paths, 20, "step") == [[{"step": 10}]]
-    assert records.read_rows(paths[0]) == [{"step": 10}]
+    (path,) = write_all(tmp_path, rows)
+    records.cut(path, 20, "step")
+    assert records.read_rows(path) == [{"step": 10}]
 
 
 # Replacing
@@ -169,8 +169,9 @@ def test_write_text_leaves_the_old_file_when_it_is_interrupted(
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("report.txt", "new")]
 
 
-def test_keep_rows_does_not_touch_a_file_that_is_right(tmp_path: Path) -> None:
+def test_cut_does_not_touch_a_file_that_is_right(tmp_path: Path) -> None:
     (path,) = write_all(tmp_path, batches(0, 1))
     before = path.stat()
-    records.keep_rows(path, batches(0, 1))
+    records.cut(path)
+    records.cut(path, 2)
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)

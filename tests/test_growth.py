@@ -1,0 +1,74 @@
+"""What a long run holds in memory does not grow with its steps."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import psutil
+import pytest
+from updates import CONFIG, base
+
+from refine_af import seeds
+from refine_af.rewards import Example
+from refine_af.rlaf import RlafStage
+
+STEPS = 600
+OPTIONS = dataclasses.replace(
+    CONFIG.ppo,
+    num_steps=STEPS,
+    batch_size=4,
+    num_epochs=1,
+    num_microbatches=1,
+    num_eval_prompts=0,
+    eval_every=0,
+    checkpoint_every=STEPS,  # Orbax keeps some KiB of each save: docs/checkpoints.md
+    sampling=dataclasses.replace(CONFIG.ppo.sampling, max_new_tokens=4),
+)
+
+
+def oracle(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+    return {name: np.zeros(len(examples), np.float32) for name in ("rew", "und", "nat", "coh")}
+
+
+class Quick(RlafStage):
+    """Every step updates and writes down; its answers are the first ones."""
+
+    first: ClassVar[list[Any]] = []
+    sizes: ClassVar[list[int]] = []  # of memory after each step, bytes
+
+    def _sampled(self, *args: Any) -> Any:
+        if not self.first:
+            self.first.append(super()._sampled(*args))
+        return self.first[0]
+
+    def _record(self, *args: Any) -> None:
+        super()._record(*args)
+        self.sizes.append(psutil.Process().memory_info().rss)
+
+
+def main(workdir: Path) -> None:
+    config = dataclasses.replace(CONFIG, ppo=OPTIONS)
+    texts = [f"Name {i} colours." for i in range(8)]
+    Quick(config, base(), oracle, seeds.load(None), texts, [], workdir).run()
+    print(json.dumps(Quick.sizes))
+
+
+@pytest.mark.slow
+def test_memory_of_a_long_run_is_flat(tmp_path: Path) -> None:
+    """In a process of its own: JAX's debug modes and captured output grow."""
+    command = [sys.executable, __file__, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    sizes = json.loads(ended.stdout)
+    assert len(sizes) == STEPS
+    middle, end = (np.median(sizes[i : i + 100]) / 2**20 for i in (STEPS // 2, STEPS - 100))
+    print(f"{middle:.0f} MiB in the middle, {end:.0f} MiB at the end")
+    assert end < middle + 2
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
