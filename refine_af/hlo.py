@@ -131,9 +131,9 @@ def _operations(jaxpr: core.Jaxpr) -> float:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
+            shape = _shape(equation.invars[0])
             inner = math.prod(shape[axis] for axis in contracted)
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * inner
+            total += 2.0 * math.prod(_shape(equation.outvars[0])) * inner
         elif name == "cond":
             total += max(_operations(branch.jaxpr) for branch in params["branches"])
         elif name == "while":
@@ -142,6 +142,11 @@ def _operations(jaxpr: core.Jaxpr) -> float:
             times = params["length"] if name == "scan" else 1
             total += times * sum(map(_operations, _inner(params)))
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = variable.aval.shape
+    return shape
 
 
 def _inner(params: dict[str, Any]) -> Iterator[core.Jaxpr]:

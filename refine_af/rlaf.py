@@ -5,9 +5,10 @@ reference -> score them with the oracle -> update.
 """
 
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ SAMPLES = "ppo/samples.jsonl"
 ALARMS = "ppo/alarms.jsonl"
 _RECORDS = (METRICS, ROLLOUTS, SAMPLES, ALARMS)
 SCORES = "ppo/scores.sqlite"  # what the oracle has said of answers
+_Batch = tuple[list[Request], list[str]]  # prompts, and their instructions
 _MAX_SKIPPED = 5  # optimizer steps with a gradient that is not finite
 
 
@@ -100,19 +102,30 @@ class RlafStage:
         for name in _RECORDS:
             records.cut(self.workdir / name, first, "step")
         history = alarms.window(records.read_rows(self.workdir / METRICS))
+        batches: dict[int, _Batch] = {}
         ahead: dict[int, _Sampled] = {}
         steps = range(first, options.num_steps)
 
+        def sampled(step: int, state: TrainState) -> _Sampled:
+            batch = batches.pop(step) if step in batches else self._requests(step)
+            return self._sampled(state, batch, layout)
+
         def sample(step: int, state: TrainState) -> _Scored:
-            sampled = ahead.pop(step, None) or self._sampled(state, step, layout)
+            found = ahead.pop(step, None) or sampled(step, state)
             if self._samples_ahead(step + 1):
-                ahead[step + 1] = self._sampled(state, step + 1, layout)
-            return self._scored(sampled)
+                ahead[step + 1] = sampled(step + 1, state)
+            return self._scored(found)
+
+        def make_batch(step: int) -> None:
+            if step < steps.stop:
+                batches[step] = self._requests(step)
 
         def learn(
             step: int, state: TrainState, scored: _Scored
         ) -> tuple[TrainState, dict[str, str]]:
-            state, metrics = self._learn(step, state, update, scored)
+            upcoming = step + 1 + (step + 1 in ahead)
+            meanwhile = functools.partial(make_batch, upcoming)
+            state, metrics = self._learn(step, state, update, scored, meanwhile)
             training.check_skipped(state, _MAX_SKIPPED, f"ppo step {step}", metrics)
             samples: list[Row] = []
             if options.eval_every and (step + 1) % options.eval_every == 0:
@@ -196,7 +209,7 @@ class RlafStage:
     def _num_pieces(self) -> int:
         return self.config.ppo.num_minibatches * self.config.ppo.num_microbatches
 
-    def _requests(self, step: int) -> tuple[list[Request], list[str]]:
+    def _requests(self, step: int) -> _Batch:
         """The step's prompts and their instructions: passes over shuffled instructions."""
         options = self.config.ppo
         total, group = len(self.instructions), options.group_size
@@ -234,9 +247,9 @@ class RlafStage:
         ids = tokens.encode_prompt(self.base.tokenizer, text, self.config.prompts.format)
         return Request(tuple(ids), self.config.ppo.sampling, seed)
 
-    def _sampled(self, state: TrainState, step: int, layout: Layout) -> "_Sampled":
+    def _sampled(self, state: TrainState, batch: _Batch, layout: Layout) -> "_Sampled":
         """Answers of the policy as it is, and what it, critic and reference say of them."""
-        requests, instructions = self._requests(step)
+        requests, instructions = batch
         began = time.monotonic()
         completions = self._sample(state.params, requests, instructions)
         sampled = time.monotonic()
@@ -251,15 +264,21 @@ class RlafStage:
         return _Scored(sampled, *judged, time.monotonic() - began)
 
     def _learn(
-        self, step: int, state: TrainState, update: Any, scored: "_Scored"
+        self,
+        step: int,
+        state: TrainState,
+        update: Any,
+        scored: "_Scored",
+        meanwhile: Callable[[], None],
     ) -> tuple[TrainState, dict[str, float]]:
-        """Update the policy with answers; `state` is donated."""
+        """Update the policy with answers; `state` is donated, `meanwhile` runs on the host."""
         (requests, _, completions, rows, reading, times), _, judgements, seconds = scored
         began = time.monotonic()
         scores = np.asarray([j.reward for j in judgements], np.float32)
         rows = rows._replace(score=shard_batch(self.base.mesh, scores))
         key = key_of(self.config.seed, "ppo/permutation", step)
         state, metrics = update(self.base.params, state, rows, reading, key)
+        meanwhile()
         figures = {name: float(value) for name, value in metrics.items()}
         times |= {"time/score": seconds, "time/update": time.monotonic() - began}
         figures |= rollout_metrics.of(completions, judgements)

@@ -125,9 +125,9 @@ def _read(database: sqlite3.Connection, keys: Sequence[str]) -> dict[str, dict[s
 
 
 def _scores(text: Any) -> dict[str, float]:
-    scores = json.loads(text) if isinstance(text, str) else None
-    numbers = list(scores.values()) if isinstance(scores, dict) else []
-    if not numbers or not all(type(x) is float and math.isfinite(x) for x in numbers):
+    found = json.loads(text) if isinstance(text, str) else None
+    scores: dict[str, float] = found if isinstance(found, dict) else {}
+    if not scores or not all(type(x) is float and math.isfinite(x) for x in scores.values()):
         raise ValueError("a row holds something else than scores")
     return scores
 

@@ -71,12 +71,13 @@ def test_a_rollout_sampled_ahead_is_of_the_policy_one_step_back(undisturbed: Pat
     assert min(moved[2:]) > 0
 
 
+@pytest.mark.slow
 def test_without_it_every_rollout_is_of_the_newest_policy(tmp_path: Path) -> None:
     stage(tmp_path, dataclasses.replace(PPO, sample_ahead=False, num_steps=2)).run()
     assert records.read_rows(tmp_path / rlaf.METRICS)[1]["kl/k3"] > 0
 
 
-@pytest.mark.parametrize("stop_at", [1, 3])
+@pytest.mark.parametrize("stop_at", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_stopped_run_goes_on_as_if_undisturbed(
     stop_at: int, undisturbed: Path, tmp_path: Path
 ) -> None:
