@@ -58,10 +58,10 @@ def _show(figures: Figures) -> None:
         f"{figures.moved:.3g} bytes moved, loops counted once"
     )
     for one in figures.collectives[:_MOST_COLLECTIVES]:
-        print(f"  {one.count} x {one.kind} {one.shape}, {one.size * one.count / 2**20:.0f} MiB")
+        print(f"  {one.times} x {one.kind} {one.shape}, {one.size * one.times / 2**20:.0f} MiB")
     left = figures.collectives[_MOST_COLLECTIVES:]
     if left:
-        rest = sum(one.size * one.count for one in left)
+        rest = sum(one.size * one.times for one in left)
         print(f"  {len(left)} smaller kinds of collectives, {rest / 2**20:.0f} MiB")
     for warning in figures.warnings:
         print(f"  warning: {warning}")

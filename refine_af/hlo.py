@@ -26,7 +26,7 @@ class Collective(NamedTuple):
     kind: str
     shape: str  # of the result on each device
     size: int  # bytes of it
-    count: int  # times that it runs; in a loop of unknown length, once
+    times: int  # that it runs; in a loop of unknown length, once
 
 
 class _Found(NamedTuple):
@@ -67,7 +67,7 @@ def collectives(text: str) -> list[Collective]:
     for one, often in by_channel.items():
         counts[one[:3]] += often
     listed = [Collective(*one, often) for one, often in counts.items()]
-    return sorted(listed, key=lambda c: -c.size * c.count)
+    return sorted(listed, key=lambda c: -c.size * c.times)
 
 
 def _bodies(text: str) -> dict[str, tuple[bool, list[str]]]:
