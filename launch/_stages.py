@@ -5,7 +5,7 @@ from pathlib import Path
 
 from absl.flags import FlagHolder
 
-from refine_af import oracles, pipeline, rlaf
+from refine_af import mesh, oracles, pipeline, rlaf
 from refine_af.launch import flags
 
 
@@ -16,6 +16,9 @@ def run(names: Sequence[str], workdir: "FlagHolder[str | None]", force: "FlagHol
     will_score = {"generate_instructions", "train_ppo"} & set(names)
     if will_score and not rlaf.finished(config, directory):
         oracles.check(config)
+    if "finetune" in names:
+        size, pieces = config.sft.batch_size, config.sft.num_microbatches
+        mesh.check_batch("sft", size, pieces, mesh.make_mesh(config.mesh))
     pipeline.claim(config, directory, force=force.value)
     job = pipeline.Run(config, directory)
     for name in names:

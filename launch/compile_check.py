@@ -70,4 +70,4 @@ def _show(figures: Figures) -> None:
 
 
 if __name__ == "__main__":
-    flags.start(main, with_config=True)
+    flags.start(main, with_config=True, one_process=True)

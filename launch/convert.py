@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.start(main, resumes=False)
+    flags.start(main, resumes=False, one_process=True)

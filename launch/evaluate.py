@@ -81,7 +81,7 @@ def _evaluate_model(options: Evaluation, tasks: list[superni.Task], output: Path
 
 def _claim(path: Path, options: dict[str, Any]) -> None:
     """Answers are taken up where they were left, but only those of the same model and options."""
-    if path.exists() and records.read_json(path) != options:
+    if records.exists(path) and records.read_json(path) != options:
         raise ValueError(f"{path}: made with another model or options; take another --output")
     records.write_text(path, json.dumps(options, indent=1) + "\n")
 

@@ -6,9 +6,11 @@ import dis
 import importlib.util
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from logging import LogRecord
 from pathlib import Path
@@ -19,11 +21,21 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from refine_af import configs, interruptions, records
-from refine_af.config import Experiment, from_dict
+from refine_af.config import Experiment, Mesh, from_dict
+from refine_af.models import processes
 from refine_af.models.sources import cache_dir
 
 _CONFIGS = Path(next(iter(configs.__path__)))
 _MOST_TEXT = 4000  # characters of an error
+
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0, the same for all processes of a run; not for TPU pods, Slurm and "
+    "Open MPI, where they find each other.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 
 
 def available_configs() -> list[str]:
@@ -64,7 +76,7 @@ def parse_with_config(argv: Sequence[str]) -> list[str]:
     """
     known = flags.FlagValues()
     flags.DEFINE_string("config", None, "", flag_values=known)
-    rest = known(list(argv), known_only=True)
+    rest = [part for argument in known(list(argv), known_only=True) for part in _axes(argument)]
     name = known.config
     if name is None:
         flags.DEFINE_string("config", None, _CONFIG_HELP)
@@ -90,7 +102,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 _CONFIG_HELP = (
     f"Experiment: one of {', '.join(available_configs())}, or a path to a .py file with "
-    "get_config(). Fields are overridden like --config.ppo.learning_rate=3e-6."
+    "get_config(). Fields are overridden like --config.ppo.learning_rate=3e-6, the mesh also like "
+    "--config.mesh=data:2,fsdp:-1."
 )
 _PARSED: list[Experiment] = []
 
@@ -98,6 +111,25 @@ _PARSED: list[Experiment] = []
 def experiment() -> Experiment:
     """Config of this program, with its overrides."""
     return _PARSED[-1]
+
+
+def _axes(argument: str) -> list[str]:
+    """`--config.mesh=data:2,fsdp:4` as overrides of the fields; an axis that it lacks is 1.
+
+    Raises:
+        ValueError: it is not such a list.
+    """
+    match = re.fullmatch(r"--?config\.mesh=(.*)", argument)
+    if match is None:
+        return [argument]
+    names = [field.name for field in dataclasses.fields(Mesh)]
+    pairs = [item.partition(":")[::2] for item in match[1].split(",")]
+    sizes = dict(pairs)
+    if len(sizes) < len(pairs) or not all(
+        axis in names and re.fullmatch(r"-?\d+", size) for axis, size in pairs
+    ):
+        raise ValueError(f"{argument}: expected AXIS:SIZE of {names}, as in data:2,fsdp:-1")
+    return [f"--config.mesh.{name}={sizes.get(name, 1)}" for name in names]
 
 
 def _check_fields(argv: Sequence[str], values: ConfigDict) -> None:
@@ -130,6 +162,10 @@ def read_input(path: Path, strings: Sequence[str]) -> list[dict[str, Any]]:
     Raises:
         ValueError: the file is missing or empty, or `file:line` lacks a field.
     """
+    return processes.once(lambda: _read_input(path, strings))
+
+
+def _read_input(path: Path, strings: Sequence[str]) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected JSONL")
     try:
@@ -162,14 +198,22 @@ def require(holder: flags.FlagHolder[str | None]) -> str:
     return holder.value
 
 
-def start(main: Callable[[], None], *, with_config: bool = False, resumes: bool = True) -> None:
+def start(
+    main: Callable[[], None],
+    *,
+    with_config: bool = False,
+    resumes: bool = True,
+    one_process: bool = False,
+) -> None:
     """Run a program: parse flags, set up JAX, call `main`, turn faults into one line.
 
     Args:
         resumes: whether the same command goes on where it was stopped.
+        one_process: of several processes the writer works alone.
 
     Exit status: 0 done, or stopped by SIGTERM where the same command goes on; 2 bad input, or a
-    file that cannot be read or written; 130 Ctrl-C; 143 SIGTERM elsewhere.
+    file that cannot be read or written; 130 Ctrl-C; 143 SIGTERM elsewhere. Of several processes
+    the one that fails ends all, with its reason and status.
     """
     parse = parse_with_config if with_config else _parse
     interruptions.install()
@@ -181,19 +225,29 @@ def start(main: Callable[[], None], *, with_config: bool = False, resumes: bool 
         logging.set_verbosity(logging.WARNING)
         logging.get_absl_logger().addFilter(_is_news)
         _set_up_jax()
-        main()
-    except KeyboardInterrupt:
-        _stopped(resumes)
+        _meet()
+        processes.once(main) if one_process else main()
+    except KeyboardInterrupt as error:
+        _stopped(resumes, agreed=isinstance(error, interruptions.AgreedInterrupt))
+    except SystemExit as error:
+        if error.code and processes.several():
+            processes.fail(f"exit status {error.code}", int(error.code))
+        raise
     except Exception as error:
         if interruptions.received():  # a library's way of saying so
             _stopped(resumes)
-        if not isinstance(error, ValueError | OSError | flags.Error) or not _is_for_user(error):
-            raise
         text = " ".join(str(error).split())
         if len(text) > _MOST_TEXT:  # it quotes the input
             text = f"{text[: _MOST_TEXT // 2]} ... {text[-_MOST_TEXT // 2 :]}"
+        if not isinstance(error, ValueError | OSError | flags.Error) or not _is_for_user(error):
+            if processes.several():
+                traceback.print_exc()
+                if isinstance(error, jax.errors.JaxRuntimeError):
+                    processes.await_news()
+                processes.fail(f"{type(error).__name__}: {text}", 1)
+            raise
         print(f"error: {text}", file=sys.stderr)
-        sys.exit(2)
+        _exit(text, 2)
 
 
 def _is_news(record: LogRecord) -> bool:
@@ -201,13 +255,23 @@ def _is_news(record: LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _stopped(resumes: bool) -> NoReturn:
+def _stopped(resumes: bool, *, agreed: bool = False) -> NoReturn:
+    """Leave; where all processes have `agreed` to, each does so by itself."""
     left_over = "the same command goes on from here" if resumes else "nothing was written"
     print(f"\nstopped; {left_over}", file=sys.stderr)
     threading.excepthook = lambda _: None  # a save under way finds its workers gone
-    if interruptions.received() != signal.SIGTERM:
-        sys.exit(130)
-    sys.exit(0 if resumes else 143)
+    code = 130
+    if interruptions.received() == signal.SIGTERM:
+        code = 0 if resumes else 143
+    if agreed:
+        sys.exit(code)
+    _exit("stopped", code)
+
+
+def _exit(reason: str, code: int) -> NoReturn:
+    if processes.several():
+        processes.fail(reason, code)
+    sys.exit(code)
 
 
 def _is_for_user(error: BaseException) -> bool:
@@ -225,6 +289,46 @@ def _is_for_user(error: BaseException) -> bool:
     package = last.tb_frame.f_globals.get("__name__", "").partition(".")[0]
     instruction = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]]
     return package in ("refine_af", "__main__") and instruction == "RAISE_VARARGS"
+
+
+def _meet() -> None:
+    """Join the other processes of this run, if there are any.
+
+    Raises:
+        ValueError: the flags are not complete, or the others were started with other arguments.
+    """
+    given = {h.name: h.value for h in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if not processes.launched_as_several():
+            return
+        processes.join()
+    else:
+        if missing:
+            names = ", ".join(f"--{name}" for name in given)
+            raise ValueError(f"--{missing[0]} is missing: give {names}, or none of them")
+        _join(*given.values())
+    mine = [argument for argument in sys.argv[1:] if "process_id" not in argument]
+    first, *others = processes.everyone(mine)
+    for other, theirs in enumerate(others, start=1):
+        if theirs != first:
+            raise ValueError(
+                f"process {other} was started with {shlex.join(theirs)!r}, and process 0 with "
+                f"{shlex.join(first)!r}; all of a run take the same arguments"
+            )
+    if not processes.is_writer():
+        logging.set_verbosity(logging.ERROR)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
+
+
+def _join(address: Any, count: Any, number: Any) -> None:
+    if not re.fullmatch(r".+:\d+", address):
+        raise ValueError(f"--coordinator_address={address}: expected HOST:PORT")
+    if not 0 <= number < count:
+        raise ValueError(
+            f"--process_id={number}: expected 0 to {count - 1} with --num_processes={count}"
+        )
+    processes.join(address, count, number)
 
 
 def _set_up_jax() -> None:

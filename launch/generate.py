@@ -16,7 +16,7 @@ from refine_af import base_model, records, tokens
 from refine_af.base_model import BaseModel
 from refine_af.config import Lora, Mesh, Model, Sampling, from_dict
 from refine_af.launch import flags
-from refine_af.models import lora
+from refine_af.models import lora, processes
 from refine_af.progress import bar
 from refine_af.requests import Completion, Request
 
@@ -220,7 +220,8 @@ def main() -> None:
         raise ValueError("give either --prompt TEXT or --prompts FILE.jsonl")
     rows, target = [({"prompt": _PROMPT.value}, "")], None
     if _PROMPTS.value is not None:
-        rows, target = list(read_rows(Path(_PROMPTS.value))), Path(flags.require(_OUTPUT))
+        source, target = Path(_PROMPTS.value), Path(flags.require(_OUTPUT))
+        rows = processes.once(lambda: list(read_rows(source)))
     if not rows:
         raise ValueError(f"{_PROMPTS.value}: no rows; expected JSONL")
     model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)

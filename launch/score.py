@@ -12,6 +12,7 @@ from absl import flags as absl_flags
 
 from refine_af import pipeline, records, rewards
 from refine_af.launch import flags
+from refine_af.models import processes
 from refine_af.progress import bar
 from refine_af.rewards import Example
 
@@ -54,7 +55,7 @@ def main() -> None:
         for i, row in enumerate(rows)
     ]
     records.write_text(target, "".join(map(records.to_line, scored)))
-    known.unlink(missing_ok=True)
+    processes.by_writer(lambda: known.unlink(missing_ok=True))
     print(f"{len(scored)} rows: {target}")
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refine_af.models import hf, orbax_directory
+from refine_af.models import hf, orbax_directory, processes
 from refine_af.models.hf import Progress
 from refine_af.models.sources import Source
 from refine_af.models.weights import Weights
@@ -65,7 +65,7 @@ def export(source: Source, weights: Weights, target: Path) -> None:
     """
     (dtype,) = {str(array.dtype) for array in weights.arrays.values()}
     with staged(target, overwrite=True) as new, writing(target):
-        _write_companions(source, new, dtype)
+        processes.by_writer(lambda: _write_companions(source, new, dtype))
         hf.write(weights, source.config, new)
 
 
@@ -79,6 +79,7 @@ def num_bytes(weights: Weights, dtype: str | None = None) -> int:
 def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new directory that becomes `target` when the block ends well, and vanishes otherwise.
 
+    Of several processes one makes and moves it; all get its name.
     It lies in a private one beside `target`, `.NAME.RANDOM`, into which an old target moves before
     it is removed. Where a kill between the two renames, or a disk that takes neither, leaves no
     `target`, both stay there.
@@ -86,21 +87,32 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         ValueError: `target` exists, and is not to be replaced or is not a model's directory.
     """
-    _check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    private = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    new, old = private / "new", private / "old"
-    new.mkdir()
-    try:
-        yield new
+
+    def make() -> str:
+        _check_target(target, overwrite)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        private = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+        Path(private, "new").mkdir()
+        return private
+
+    def move() -> None:
         _check_target(target, overwrite)  # again: another program may have been faster
         if target.exists():
             target.rename(old)
         new.rename(target)
-    finally:
+
+    def remove() -> None:
         if os.path.lexists(old) and not os.path.lexists(target):
             old.rename(target)
         shutil.rmtree(private, ignore_errors=True)
+
+    private = Path(processes.once(make))
+    new, old = private / "new", private / "old"
+    try:
+        yield new
+        processes.once(move)
+    finally:
+        processes.by_writer(remove)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

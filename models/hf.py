@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from refine_af.models import processes
 from refine_af.models.config import ModelConfig
 from refine_af.models.family import Keys
 from refine_af.models.registry import FAMILIES
@@ -209,7 +210,8 @@ def write(
         _write_file(directory / name, layout, tensor_of, progress)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        text = json.dumps(index, indent=2) + "\n"
+        processes.by_writer(lambda: (directory / INDEX).write_text(text))
 
 
 def _write_file(
@@ -218,7 +220,10 @@ def _write_file(
     tensor_of: Callable[[str], np.ndarray],
     progress: Progress | None,
 ) -> None:
-    """One safetensors file; the library's own writer wants all tensors in memory."""
+    """One safetensors file; the library's own writer wants all tensors in memory.
+
+    Of several processes all read, since a tensor may be in parts on all of them, and one writes.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, (dtype, shape) in layout.items():
@@ -226,7 +231,8 @@ def _write_file(
         header[key] = {"dtype": _NAMES[dtype.name], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    writes = processes.is_writer()
+    with (path if writes else Path(os.devnull)).open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for key in layout:
             array = np.ascontiguousarray(tensor_of(key))
@@ -234,4 +240,5 @@ def _write_file(
             if progress:
                 progress(array.nbytes)
         file.flush()
-        os.fsync(file.fileno())
+        if writes:
+            os.fsync(file.fileno())

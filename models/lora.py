@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from refine_af.models import processes
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.hf_config import read_json
 from refine_af.models.registry import FAMILIES
@@ -82,7 +83,7 @@ class MergedWeights(Weights):
 
     def __init__(self, base: Params, adapter: Params, config: LoraConfig) -> None:
         self._base = TreeWeights(base)
-        self._adapter = dict(flat(adapter))
+        self._adapter = dict(flat(processes.to_host(adapter)))
         self._scale = config.scale
 
     @property
@@ -98,8 +99,8 @@ class MergedWeights(Weights):
         if not path.endswith("/kernel") or f"{module}lora_a" not in self._adapter:
             return part
         *layers, rows, columns = index
-        a = np.asarray(self._adapter[f"{module}lora_a"][(*layers, rows)])
-        b = np.asarray(self._adapter[f"{module}lora_b"][(*layers, slice(None), columns)])
+        a = self._adapter[f"{module}lora_a"][(*layers, rows)]
+        b = self._adapter[f"{module}lora_b"][(*layers, slice(None), columns)]
         return part + a @ b * np.float32(self._scale)
 
 
@@ -115,13 +116,20 @@ def write_peft(
     Raises:
         OSError: the disk is full, or cannot be written.
     """
+    adapter = processes.to_host(adapter)
+    processes.by_writer(lambda: _write_peft(adapter, config, model, directory, base_name))
+
+
+def _write_peft(
+    adapter: Params, config: LoraConfig, model: ModelConfig, directory: Path, base_name: str
+) -> None:
     table = _table(model)
     linears = sorted({path.rpartition("/")[0] for path, _ in flat(adapter)})
     tensors: dict[str, np.ndarray] = {}
     for linear in linears:
         for i in range(model.num_layers):
             for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-                factor = np.asarray(get(adapter, f"{linear}/{ours}")[i])
+                factor = get(adapter, f"{linear}/{ours}")[i]
                 key = f"{_PREFIX}{table[linear].format(i)}.{theirs}.weight"
                 tensors[key] = np.ascontiguousarray(factor.T)
     content = {

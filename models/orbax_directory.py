@@ -161,10 +161,21 @@ def write(
         (_Streamed, streamed),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # there are none; Orbax warns without
     )
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_zarr3=True)
+    # Nobody else takes part, wherever it is that this process is one of several.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix="directory",
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, use_zarr3=True, multiprocessing_options=alone
+    )
     args = ocp.args.PyTreeSave(tree, save_args=jax.tree.map(_Streamed.save_args, tree))
     # Orbax in the middle of its threads is no place for Ctrl-C: it stops between two pieces.
-    with ocp.Checkpointer(handler) as checkpointer, ThreadPoolExecutor(1) as thread:
+    with (
+        ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer,
+        ThreadPoolExecutor(1) as thread,
+    ):
         try:
             thread.submit(checkpointer.save, (directory / PARAMS).absolute(), args=args).result()
         except ValueError as error:  # TensorStore's, of what Orbax writes itself

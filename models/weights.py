@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from refine_af.models import transformer
+from refine_af.models import processes, transformer
 from refine_af.models.config import ModelConfig
 from refine_af.models.transformer import Params
 
@@ -79,7 +79,7 @@ class TreeWeights(Weights):
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """Part of one of them, on the host."""
-        return np.asarray(get(self.tree, path)[index])
+        return processes.to_host(get(self.tree, path)[index])
 
 
 class RandomWeights(Weights):

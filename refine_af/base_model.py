@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +13,7 @@ from refine_af import config as config_lib
 from refine_af import mesh as mesh_lib
 from refine_af.engine import Engine
 from refine_af.models import lora as lora_lib
-from refine_af.models import sources, transformer
+from refine_af.models import processes, sources, transformer
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.sources import Source
 from refine_af.models.transformer import Definition, Params
@@ -71,13 +72,15 @@ class BaseModel:
 
     def replicate(self, tree: Any) -> Any:
         """Copy of small arrays on every device."""
-        return jax.device_put(tree, mesh_lib.replicated(self.mesh))
+        where = mesh_lib.replicated(self.mesh)
+        return jax.tree.map(lambda x: processes.to_devices(x, where), tree)
 
     def place_state(self, state: Any) -> Any:
-        """State whose scalars, too, live on the whole mesh."""
+        """State whose scalars and fresh statistics, too, live on the whole mesh."""
 
         def place(x: Array) -> Array:
-            return x if x.ndim else self.replicate(x)
+            placed = isinstance(getattr(x, "sharding", None), NamedSharding)
+            return x if x.ndim and placed else self.replicate(x)
 
         return jax.tree.map(place, state)
 
@@ -146,12 +149,20 @@ def lora_config(options: config_lib.Lora) -> LoraConfig:
     return LoraConfig(rank=options.rank, alpha=options.alpha, pattern=options.pattern)
 
 
-def load(options: config_lib.Model, mesh_options: config_lib.Mesh) -> BaseModel:
-    """Load the base model and lay it out on the mesh."""
+def load(
+    options: config_lib.Model, mesh_options: config_lib.Mesh, *, check: bool = False
+) -> BaseModel:
+    """Load the base model and lay it out on the mesh.
+
+    Args:
+        check: refuse a mesh that does not divide the model, before any weight is read.
+    """
     mesh = mesh_lib.make_mesh(mesh_options)
     source = sources.open_model(
         options.source, dtype=options.dtype, param_dtype=options.param_dtype
     )
+    if check:
+        mesh_lib.check(source.config, mesh)
     shardings = mesh_lib.param_shardings(source.config, None, mesh)[0]
     return BaseModel(
         source=source,

@@ -7,7 +7,7 @@ metadata the hash of the config that it was made with.
 import dataclasses
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from refine_af import interruptions, records
-from refine_af.models import writing
+from refine_af.models import processes, writing
 from refine_af.progress import bar
 
 T = TypeVar("T")
@@ -92,7 +91,7 @@ def check_space(manager: ocp.CheckpointManager, tree: Any, keep: int) -> None:
     """
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     new = max(keep + 1 - len(manager.all_steps()), 1)  # one more while it is being written
-    writing.check_space(Path(manager.directory), new * size)
+    processes.once(lambda: writing.check_space(Path(manager.directory), new * size))
 
 
 def save(manager: ocp.CheckpointManager, step: int, tree: Any, config: str = "") -> None:
@@ -137,19 +136,22 @@ def advance(
     """
     newest = steps.start, state
     try:
-        for step in steps:
-            prepared = prepare(step, state)
-            with interruptions.held():
-                state, shown = learn(step, state, prepared)
-                newest = step + 1, state
-                if due(step + 1) or step + 1 == steps.stop:
-                    save(manager, *newest, config)
-            progress.update()
-            progress.show(**shown)
-    except KeyboardInterrupt:
+        with interruptions.shared():
+            for step in steps:
+                prepared = prepare(step, state)
+                with interruptions.held():
+                    state, shown = learn(step, state, prepared)
+                    newest = step + 1, state
+                    if due(step + 1) or step + 1 == steps.stop:
+                        save(manager, *newest, config)
+                progress.update()
+                progress.show(**shown)
+                interruptions.agree()
+    except KeyboardInterrupt as error:
         step, tree = newest  # a second signal may have come when the arrays were given away
         unsaved = step > (manager.latest_step() or 0)
-        if unsaved and resumable(step) and not _is_deleted(tree):
+        alone = processes.several() and not isinstance(error, interruptions.AgreedInterrupt)
+        if unsaved and resumable(step) and not alone and not _is_deleted(tree):
             save(manager, step, tree, config)
         raise
     return state
@@ -199,14 +201,17 @@ def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
     """
     faults: dict[int, ValueError] = {}
     for step in sorted(manager.all_steps(), reverse=True):
+        tree = like
+        found: ValueError | None = None
         try:
             tree = restore(manager, step, like)
         except (DamagedError, OtherTreeError) as error:  # one before it that fits: damaged, too
-            faults[step] = error
+            found = error
+        found = _agreed(found)
+        if found:
+            faults[step] = found
             continue
-        for fault in faults.values():
-            logging.warning("%s; going on from step %d", fault, step)
-        _set_aside(manager, faults)
+        _set_aside(manager, faults, step)
         return step, tree
     if not faults:
         return 0, like
@@ -217,6 +222,12 @@ def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
         else f"{next(iter(faults.values()))}, and so are all before it; remove "
         f"{manager.directory} to begin again with step 0"
     )
+
+
+def _agreed(fault: ValueError | None) -> ValueError | None:
+    """Of several processes, each of which reads its part, what any of them has found."""
+    text = next(filter(None, processes.everyone(str(fault) if fault else "")), "")
+    return fault or (DamagedError(text) if text else None)
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
@@ -270,14 +281,21 @@ def _arrays(tree: Any) -> set[tuple[str, tuple[int, ...], str]]:
     }
 
 
-def _set_aside(manager: ocp.CheckpointManager, steps: Iterable[int]) -> None:
-    """Rename, so that the steps can be saved again and what can be rescued is still there."""
-    if jax.process_index() == 0:
-        for step in steps:
-            aside = manager.directory / f"damaged-{step}"
+def _set_aside(manager: ocp.CheckpointManager, faults: Mapping[int, ValueError], step: int) -> None:
+    """Rename what is faulty, by step: it can be saved again, and what can be rescued is there.
+
+    Args:
+        step: sound, to go on from.
+    """
+
+    def rename() -> None:
+        for number, fault in faults.items():
+            logging.warning("%s; going on from step %d", fault, step)
+            aside = manager.directory / f"damaged-{number}"
             shutil.rmtree(aside, ignore_errors=True)
-            (manager.directory / str(step)).rename(aside)
-    multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            (manager.directory / str(number)).rename(aside)
+
+    processes.once(rename)
     manager.reload()
 
 
@@ -287,6 +305,10 @@ def _one_line(error: Exception) -> str:
 
 def latest_step(directory: Path) -> int:
     """Step of the newest finished checkpoint in `directory`, 0 when there is none."""
+    return processes.once(lambda: _latest_step(directory))
+
+
+def _latest_step(directory: Path) -> int:
     if not directory.is_dir():
         return 0
     steps = [int(entry.name) for entry in directory.iterdir() if entry.name.isdigit()]

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_af import memory, packing, sampling
 from refine_af.mesh import shard_slots
+from refine_af.models import processes
 from refine_af.models.cache import KVCache, Prefix
 from refine_af.models.config import ModelConfig
 from refine_af.models.transformer import Params, define
@@ -233,7 +234,7 @@ class _Run:
             self.definition, self.params, pack, self.prefix, scratch, self.needs
         )
         self.slots = sampling.jit_place(self.slots, pack, found)
-        token, logprob, full = (np.asarray(x)[:, None] for x in found.chosen)
+        token, logprob, full = (x[:, None] for x in processes.to_host(found.chosen))
         for i, answer in enumerate(answers):
             answer.take(token[i], logprob[i], full[i])
         self._count(len(answers))
@@ -330,8 +331,7 @@ class _Run:
             np.int32(self.steps),
             np.int32(wake),
         )
-        drawn = np.asarray(self.slots.drawn)
-        token, logprob, full = map(np.asarray, found)
+        drawn, (token, logprob, full) = processes.to_host((self.slots.drawn, found))
         total = 0
         for slot, answer in self.live.items():
             new = drawn[slot] - len(answer.ids)

@@ -261,7 +261,7 @@ class FinetuningStage:
                 definition, self.base.params, np.float32(1.0), state.params, batch
             )
             total += float(loss)
-            count += float(np.sum(batch.targets))
+            count += float(jnp.sum(batch.targets))
         return total / count
 
     def _export(self, adapter: Params) -> None:
@@ -289,4 +289,4 @@ def tuned_adapter(config: Experiment, base: BaseModel, workdir: Path) -> Params:
 
 def finished(workdir: Path) -> bool:
     """Whether the export, the stage's last act, is there."""
-    return (workdir / EXPORT).is_dir()
+    return records.exists(workdir / EXPORT)

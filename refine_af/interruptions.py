@@ -1,12 +1,22 @@
-"""Ctrl-C and SIGTERM: what is under way is dropped, or finished first where it must not be cut."""
+"""Ctrl-C and SIGTERM: what is under way is dropped, or finished first where it must not be cut.
+
+A signal may come to some of several processes only, or at different moments. In a loop that they
+go through together it therefore takes effect where they `agree`.
+"""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from refine_af.models import processes
+
 _received: list[signal.Signals] = []
 _depth = 0  # of blocks that are held
+
+
+class AgreedInterrupt(KeyboardInterrupt):
+    """A signal that all processes stop for, at the same place."""
 
 
 def install() -> None:
@@ -51,3 +61,29 @@ def held() -> Iterator[None]:
     finally:
         _depth -= 1
     check()
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """A loop of several processes, in which a first signal waits for `agree`."""
+    global _depth
+    waits = processes.several()
+    _depth += waits
+    try:
+        yield
+    finally:
+        _depth -= waits
+
+
+def agree() -> None:
+    """Stop all processes where a signal has come to any of them; all must come here.
+
+    Raises:
+        AgreedInterrupt: it has.
+    """
+    if not processes.several():
+        return
+    first = next(filter(None, processes.everyone(int(_received[0]) if _received else 0)), 0)
+    if first:
+        _received[:] = [signal.Signals(first)]
+        raise AgreedInterrupt

@@ -10,7 +10,7 @@ import psutil
 
 from refine_af.config import Experiment
 from refine_af.mesh import slot_sharding
-from refine_af.models import cache
+from refine_af.models import cache, processes
 from refine_af.models.config import ModelConfig
 
 _SHARE = 0.9  # of the free memory that caches may take
@@ -28,14 +28,14 @@ def cache_bytes(config: ModelConfig, mesh: jax.sharding.Mesh, num_slots: int, le
 
 
 def free_bytes(mesh: jax.sharding.Mesh) -> int:
-    """Bytes that caches may take on each device of the mesh."""
+    """Bytes that caches may take on each device of the mesh, the fullest host's counting."""
     local = mesh.local_devices
     stats = [device.memory_stats() for device in local]
     if all(stats):
         least = min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
     else:  # the host's memory, which its devices share
         least = psutil.virtual_memory().available // len(local)
-    return int(_SHARE * least)
+    return min(processes.everyone(int(_SHARE * least)))
 
 
 def device_bytes(device: jax.Device, num_devices: int) -> int:
@@ -85,7 +85,8 @@ def affordable_slots(
     if needed(num_slots) > free:
         raise ValueError(f"{figures}; shorten prompts or max_new_tokens, or use more devices")
     if num_slots < wanted:
-        print(f"notice: {num_slots} slots instead of {wanted}: {figures}", file=sys.stderr)
+        notice = f"notice: {num_slots} slots instead of {wanted}: {figures}"
+        processes.by_writer(lambda: print(notice, file=sys.stderr))
     return num_slots
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from refine_af import config as config_lib
-from refine_af.models import transformer
+from refine_af.models import processes, transformer
 from refine_af.models.config import LoraConfig, ModelConfig
 
 Axes = tuple[str, ...]
@@ -57,6 +57,38 @@ def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.
         )
     auto = (AxisType.Auto,) * 3
     return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), auto, devices=devices)
+
+
+def check(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
+    """Refuse a mesh that would leave most of the model whole on every device.
+
+    Raises:
+        ValueError: an axis does not divide what it is there to divide.
+    """
+    for axis, name in (("tensor", "num_heads"), ("tensor", "hidden_dim"), ("fsdp", "embed_dim")):
+        size, parts = getattr(model, name), mesh.shape[axis]
+        if size % parts:
+            fitting = [n for n in range(1, parts) if mesh.size % n == 0 and size % n == 0]
+            raise ValueError(
+                f"mesh {axis}={parts} does not divide the model's {name}={size}; take "
+                f"{axis}={fitting[-1]}, and give the other devices to another axis"
+            )
+
+
+def check_batch(name: str, size: int, num_microbatches: int, mesh: jax.sharding.Mesh) -> None:
+    """Refuse a batch whose pieces every device would have to compute as a whole.
+
+    Raises:
+        ValueError: rows of a microbatch do not divide over the mesh's batch axes.
+    """
+    parts, rows = batch_parts(mesh), size // num_microbatches
+    if rows % parts:
+        raise ValueError(
+            f"{name}.batch_size={size} in num_microbatches={num_microbatches}: {rows} rows at a "
+            f"time do not divide over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} "
+            f"devices; make batch_size a multiple of {parts * num_microbatches}, take fewer "
+            "microbatches, or give devices to tensor"
+        )
 
 
 def spec(
@@ -151,9 +183,8 @@ def shard_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
     def put(x: Any) -> jax.Array:
         divides = np.ndim(x) > 0 and np.shape(x)[0] % parts == 0
-        return jax.device_put(
-            x, NamedSharding(mesh, PartitionSpec(BATCH_AXES) if divides else PartitionSpec())
-        )
+        part = PartitionSpec(BATCH_AXES) if divides else PartitionSpec()
+        return processes.to_devices(x, NamedSharding(mesh, part))
 
     return jax.tree.map(put, tree)
 
@@ -174,4 +205,8 @@ def slot_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedShard
 
 def shard_slots(mesh: jax.sharding.Mesh, tree: Any) -> Any:
     """Put the sampler's arrays on the mesh."""
-    return jax.tree.map(lambda x: jax.device_put(x, slot_sharding(mesh, np.shape(x))), tree)
+
+    def put(x: Any) -> jax.Array:
+        return processes.to_devices(x, slot_sharding(mesh, np.shape(x)))
+
+    return jax.tree.map(put, tree)

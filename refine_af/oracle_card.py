@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from refine_af import benchmarks, oracle_evaluation, plots
+from refine_af.models import processes
 from refine_af.oracle_evaluation import Scores
 from refine_af.records import Row, write_text
 from refine_af.trained_oracle import Description
@@ -55,7 +56,8 @@ def write(
         facts: lines about its training: data, time, date.
     """
     rows = oracle_evaluation.accuracies(scores)
-    (directory / CALIBRATION).write_bytes(plots.calibration(oracle_evaluation.reliability(scores)))
+    chart = plots.calibration(oracle_evaluation.reliability(scores))
+    processes.by_writer(lambda: (directory / CALIBRATION).write_bytes(chart))
     devices = jax.devices()
     hardware = (
         f"hardware: {benchmarks.processor()}, {os.cpu_count()} cores; JAX on {len(devices)} x "

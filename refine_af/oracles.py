@@ -32,6 +32,7 @@ from refine_af.config import Experiment
 from refine_af.http_oracle import HttpOracle
 from refine_af.judge_oracle import JudgeOracle
 from refine_af.mesh import make_mesh
+from refine_af.models import processes
 from refine_af.paper_oracles import OasstRewardModel, UniEval
 from refine_af.rewards import WHOLE, Example, Oracle
 from refine_af.rule_oracle import rules
@@ -45,6 +46,17 @@ class Named:
     make: Callable[[], Oracle]  # reads its model
     identity: str
     needs_device: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class OfWriter:
+    """An oracle that one process asks, and tells the others: it need not say the same twice."""
+
+    oracle: Oracle
+
+    def __call__(self, examples: Sequence[Example]) -> Mapping[str, Any]:
+        """What the oracle gives."""
+        return processes.once(lambda: self.oracle(examples))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +103,7 @@ def load(config: Experiment, base: Callable[[], BaseModel], cache: Path | None) 
         ValueError: no such oracle, or it cannot be loaded.
     """
     parts = _find_all(config, base)
-    made = [part.make() for part in parts]
+    made = [part.make() if part.needs_device else OfWriter(part.make()) for part in parts]
     oracle = made[0] if len(made) == 1 else Joined(made)
     path = Path(config.reward.cache).expanduser() if config.reward.cache else cache
     if path is None:

@@ -31,6 +31,7 @@ from refine_af.evaluation import PREDICTIONS, SCORES
 from refine_af.finetuning import FinetuningStage
 from refine_af.instances import InstanceStage
 from refine_af.instructions import InstructionStage
+from refine_af.models import processes
 from refine_af.report import write_report
 from refine_af.rewards import Oracle
 from refine_af.rlaf import RlafStage
@@ -49,6 +50,10 @@ def claim(config: Experiment, workdir: Path, *, force: bool) -> None:
         ValueError: the workdir, or a checkpoint in it, was made with another config, and `force`
             is not set.
     """
+    processes.once(lambda: _claim(config, workdir, force))
+
+
+def _claim(config: Experiment, workdir: Path, force: bool) -> None:
     path = workdir / CONFIG
     mine, known = config_hash(config), records.read_json(path)
     earlier = set(known.get("earlier", []))
@@ -90,7 +95,7 @@ class Run:
     @functools.cached_property
     def base(self) -> BaseModel:
         """Base model on the mesh."""
-        return base_model.load(self.config.model, self.config.mesh)
+        return base_model.load(self.config.model, self.config.mesh, check=True)
 
     def oracle(self, cache: Path | None = None) -> Oracle:
         """Reward oracle of the run; `cache`: file of scores that it knows already."""
@@ -114,7 +119,7 @@ class Run:
     @property
     def has_dataset(self) -> bool:
         """Whether stage 3 has finished: the card is the last that it writes."""
-        return (self.workdir / "dataset/README.md").exists()
+        return records.exists(self.workdir / "dataset/README.md")
 
 
 # A stage returns whether there was anything to do.
@@ -149,12 +154,11 @@ def generate_instances(run: Run) -> bool:
     rows = run.accepted_instructions()
     params = rlaf.tuned_policy(run.config, run.base, run.workdir)
     InstanceStage(run.config, run.base, run.seeds, rows, run.workdir).run(params)
-    dataset.write_dataset(
-        run.config,
-        records.read_rows(run.workdir / instances.ACCEPTED),
-        records.read_rows(run.workdir / instances.REJECTED),
-        run.workdir / "dataset",
+    kept, dropped = (
+        records.read_rows(run.workdir / name) for name in (instances.ACCEPTED, instances.REJECTED)
     )
+    target = run.workdir / "dataset"
+    processes.once(lambda: dataset.write_dataset(run.config, kept, dropped, target))
     return True
 
 
@@ -173,7 +177,7 @@ def evaluate(run: Run) -> bool:
     """Scores of the base model and of the fine-tuned one."""
     options = run.config.evaluation
     tasks = evaluation.load_tasks(options)
-    if (run.workdir / SCORES).exists():
+    if records.exists(run.workdir / SCORES):
         return False
     adapters = {
         "base": None,
@@ -192,7 +196,7 @@ def evaluate(run: Run) -> bool:
 
 def report(run: Run) -> bool:
     """`report.html` from whatever stages have run; not timed, since it shows the timings."""
-    print(f"report: {write_report(run.workdir)}")
+    print(f"report: {processes.once(lambda: str(write_report(run.workdir)))}")
     return False
 
 
@@ -222,7 +226,11 @@ def run_stage(run: Run, name: str) -> None:
         raise
     finally:
         if worked:
-            path = run.workdir / TIMINGS
-            timings = records.read_json(path)
-            timings[name] = round(timings.get(name, 0.0) + time.monotonic() - began, 2)
-            records.write_text(path, json.dumps(timings, indent=1) + "\n")
+            spent = time.monotonic() - began
+            processes.by_writer(lambda: _add_time(run.workdir / TIMINGS, name, spent))
+
+
+def _add_time(path: Path, name: str, seconds: float) -> None:
+    timings = records.read_json(path)
+    timings[name] = round(timings.get(name, 0.0) + seconds, 2)
+    records.write_text(path, json.dumps(timings, indent=1) + "\n")

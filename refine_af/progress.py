@@ -6,10 +6,11 @@ from typing import Any
 from tqdm import tqdm
 
 from refine_af import interruptions
+from refine_af.models import processes
 
 
 class bar(tqdm):
-    """A tqdm bar (standard error) that also shows tokens per second."""
+    """A tqdm bar (standard error of the writer) that also shows tokens per second."""
 
     def __init__(self, description: str, *, total: int, unit: str, done: int = 0) -> None:
         """Show `description` and count to `total` in `unit`; `done` of it was done earlier."""
@@ -20,6 +21,7 @@ class bar(tqdm):
             unit_scale=unit == "B",  # bytes as kB, MB, GB
             initial=done,
             dynamic_ncols=True,
+            disable=not processes.is_writer(),
         )
         self._tokens = 0
         self._began = time.monotonic()

@@ -3,6 +3,8 @@
 Stages work in batches, and a batch is a pure function of what came before it. So a row carries
 the number of its batch, and resuming drops the rows of the newest batch on disk (it may be
 incomplete) and makes that batch again, with the same result.
+
+Of several processes the writer alone reads and writes, and tells the others what it has read.
 """
 
 import json
@@ -12,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from refine_af.models import processes
 from refine_af.models.writing import writing
 
 Row = dict[str, Any]
@@ -27,11 +30,11 @@ def read_rows(path: Path, strings: Sequence[str] = ()) -> list[Row]:
         ValueError: `file:line` of a complete line that is not a JSON object, lacks a field, or is
             not UTF-8.
     """
-    return list(stream_rows(path, strings))
+    return processes.once(lambda: list(stream_rows(path, strings)))
 
 
 def stream_rows(path: Path, strings: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of `read_rows`, one in memory at a time."""
+    """The rows of `read_rows`, one in memory at a time; as this process sees the file."""
     if path.exists():
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -79,6 +82,10 @@ def read_json(path: Path) -> Row:
     Raises:
         ValueError: the file is not a JSON object.
     """
+    return processes.once(lambda: _read_json(path))
+
+
+def _read_json(path: Path) -> Row:
     if not path.exists():
         return {}
     try:
@@ -100,6 +107,11 @@ def _parse(text: str, where: str, *, allow_nan: bool) -> Row:
     return row
 
 
+def exists(path: Path) -> bool:
+    """Whether there is such a file or directory."""
+    return processes.once(path.exists)
+
+
 def to_line(row: Row) -> str:
     """One line of JSON with its newline; a top-level number that is not finite becomes null."""
     row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -114,7 +126,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """
     data = "".join(map(to_line, rows)).encode()
     if data:
-        _write(path, "ab", data)
+        processes.by_writer(lambda: _write(path, "ab", data))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -123,6 +135,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk is full, or cannot be written.
     """
+    processes.by_writer(lambda: _replace(path, text))
+
+
+def _replace(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     _write(partial, "wb", text.encode())
     partial.replace(path)
@@ -143,7 +159,13 @@ def resume(paths: Sequence[Path], key: str = "batch") -> tuple[int, list[list[Ro
     Raises:
         ValueError: as `read_rows`, or a row has no number.
     """
-    first = max((_number(row, key, path) for path in paths for row in stream_rows(path)), default=0)
+
+    def newest() -> int:
+        return max(
+            (_number(row, key, path) for path in paths for row in stream_rows(path)), default=0
+        )
+
+    first = processes.once(newest)
     for path in paths:
         cut(path, first, key)
     return first, [read_rows(path) for path in paths]
@@ -155,6 +177,10 @@ def cut(path: Path, first: float = math.inf, key: str = "batch") -> None:
     Raises:
         ValueError: as `read_rows`, or a row has no number.
     """
+    processes.once(lambda: _cut(path, first, key))
+
+
+def _cut(path: Path, first: float, key: str) -> None:
     if not path.exists():
         return
     end = 0

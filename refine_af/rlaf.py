@@ -36,6 +36,7 @@ from refine_af import (
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment, Reward, config_hash
 from refine_af.mesh import batch_parts, shard_batch
+from refine_af.models import processes
 from refine_af.models.transformer import Params
 from refine_af.policy import Policy
 from refine_af.progress import bar
@@ -375,7 +376,8 @@ class RlafStage:
             some = np.resize(np.arange(first, min(first + size, len(requests))), size).tolist()
             chosen = [requests[i] for i in some], [completions[i] for i in some]
             _, reading = self._read(state, *chosen, layout)
-            found.append(np.asarray(reading.logprobs - reading.ref_logprobs).sum(axis=1))
+            ratio = processes.to_host(reading.logprobs - reading.ref_logprobs)
+            found.append(ratio.sum(axis=1))
         return np.concatenate(found)[: len(requests)]
 
     def _sample(

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from refine_af import logprobs, packing
 from refine_af import policy as policy_lib
-from refine_af.models import heads, transformer
+from refine_af.models import heads, processes, transformer
 from refine_af.models.transformer import Definition, Params
 from refine_af.requests import Completion, Request
 
@@ -188,7 +188,7 @@ def read(
 
 def drift(completions: Sequence[Completion], reading: Reading) -> float:
     """Largest difference between the sampler's and the trainer's log-probabilities, nats."""
-    trained = np.asarray(reading.logprobs)
+    trained = processes.to_host(reading.logprobs)
     return max(
         float(
             np.abs(np.asarray(c.full_logprobs) - trained[row, : len(c.full_logprobs)]).max(

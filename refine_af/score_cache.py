@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from refine_af.models import processes
 from refine_af.rewards import Example, Oracle, OracleError, checked
 
 _LOOKUPS = 500  # keys a query
@@ -25,7 +26,8 @@ class CachedOracle:
     """An oracle with a memory: equal examples are scored once, in this run or a later one.
 
     Attributes:
-        path: SQLite file, made when missing; several processes may use it.
+        path: SQLite file, made when missing; several runs may use it. Of several processes that
+            run together the writer uses it.
         identity: tells oracles apart that share a file; it changes when an oracle would.
         ahead: whether `prefetch` may call the oracle from another thread while the device samples.
     """
@@ -43,6 +45,8 @@ class CachedOracle:
         """
         for worker in self._workers:
             worker.join()  # what was asked for ahead is there now
+        if self.ahead:
+            return processes.once(lambda: self._score(examples))
         return self._score(examples)
 
     def prefetch(self, examples: Sequence[Example]) -> None:
@@ -50,13 +54,16 @@ class CachedOracle:
 
         What has come in meanwhile is scored together. A fault shows up when the oracle is called.
         """
-        if not self.ahead:
+        if not self.ahead or not processes.is_writer():
             return
         self._waiting.extend(examples)
         if not any(worker.is_alive() for worker in self._workers):
             # A daemon, so that Ctrl-C need not wait for a slow server.
-            self._workers[:] = [threading.Thread(target=self._score_waiting, daemon=True)]
+            self._workers[:] = [threading.Thread(target=self._work, daemon=True)]
             self._workers[0].start()
+
+    def _work(self) -> None:
+        processes.by_writer(self._score_waiting)
 
     def _score_waiting(self) -> None:
         with contextlib.suppress(Exception):
@@ -73,8 +80,7 @@ class CachedOracle:
 
     def _score(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         keys = [self._key(example) for example in examples]
-        with self._open() as database:
-            known = _read(database, keys)
+        known = processes.once(lambda: self._known(keys))
         missing = {key: e for key, e in zip(keys, examples, strict=True) if key not in known}
         if missing:
             asked = list(missing.values())
@@ -84,8 +90,7 @@ class CachedOracle:
                 for row, key in enumerate(missing)
             }
             known |= fresh
-            with self._open() as database:
-                _write(database, fresh)
+            processes.by_writer(lambda: self._keep(fresh))
         names = known[keys[0]].keys() if keys else ()
         unlike = next((key for key in keys if known[key].keys() != names), None)
         if unlike:
@@ -94,6 +99,14 @@ class CachedOracle:
                 f"{sorted(known[unlike])}; remove the file"
             )
         return {name: np.asarray([known[key][name] for key in keys]) for name in names}
+
+    def _known(self, keys: Sequence[str]) -> dict[str, dict[str, float]]:
+        with self._open() as database:
+            return _read(database, keys)
+
+    def _keep(self, scores: dict[str, dict[str, float]]) -> None:
+        with self._open() as database:
+            _write(database, scores)
 
     def _key(self, example: Example) -> str:
         parts = [self.identity, example.instruction, example.input, example.output]

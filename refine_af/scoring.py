@@ -8,6 +8,7 @@ import numpy as np
 
 from refine_af import packing, tokens
 from refine_af.mesh import batch_parts, shard_batch
+from refine_af.models import processes
 
 _TOKENS = 2048  # of a batch, padding included; a longer row makes a batch of its own
 _LEAST = 16  # columns
@@ -48,7 +49,8 @@ def by_length(
         filled = np.resize(chosen, size)
         padded = tokens.pad_right([rows[i] for i in filled], length)
         lengths = np.asarray([len(rows[i]) for i in filled], np.int32)
-        result = np.asarray(score(*shard_batch(mesh, (padded, lengths, extras[filled]))))
+        given = shard_batch(mesh, (padded, lengths, extras[filled]))
+        result = processes.to_host(score(*given))
         found.update(zip(chosen, result.astype(np.float64), strict=False))
         if progress:
             progress(len(found))

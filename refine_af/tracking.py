@@ -13,6 +13,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 from refine_af.config import Experiment, config_hash
 from refine_af.events import EventFile
+from refine_af.models import processes
 from refine_af.records import Row
 
 _COLUMNS = ("instruction", "input", "output", "reward", "finish_reason")  # of the table of samples
@@ -106,7 +107,7 @@ _TRACKERS: dict[str, Callable[[Path, Experiment, int], Tracker]] = {
 
 @contextmanager
 def open_trackers(folder: Path, config: Experiment, first: int) -> Iterator[list[Tracker]]:
-    """The trackers that `ppo.trackers` names.
+    """The trackers that `ppo.trackers` names; of several processes the writer alone has any.
 
     Args:
         folder: for their files; made when missing.
@@ -115,7 +116,7 @@ def open_trackers(folder: Path, config: Experiment, first: int) -> Iterator[list
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         opened: list[Tracker] = []
-        for name in config.ppo.trackers:
+        for name in config.ppo.trackers if processes.is_writer() else ():
             opened.append(_TRACKERS[name](folder, config, first))
             stack.callback(opened[-1].close)
         yield opened

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from refine_af import base_model, records, scoring
 from refine_af import config as config_lib
 from refine_af.base_model import BaseModel
-from refine_af.models import heads, transformer
+from refine_af.models import heads, processes, transformer
 from refine_af.models.transformer import Definition, Params
 from refine_af.models.weights import flat, misfits, put, refuse
 from refine_af.rewards import Example
@@ -152,7 +152,7 @@ def find(where: str | Path) -> Path:
     if str(where) in shipped():
         return SHIPPED / where
     path = Path(where).expanduser()
-    if not (path / DESCRIPTION).is_file():
+    if not records.exists(path / DESCRIPTION):
         raise ValueError(
             f"oracle {str(where)!r}: expected a directory with {DESCRIPTION}, as train_oracle "
             f"writes it, or one of {shipped()}"
@@ -190,7 +190,8 @@ def identity(base: BaseModel) -> dict[str, str]:
     digest = hashlib.sha256()
     for path, leaf in flat(base.params):
         row = leaf[..., :1, :] if leaf.ndim > 1 else leaf
-        digest.update(path.encode() + np.asarray(row.astype(jnp.bfloat16)).tobytes())
+        row = processes.to_host(row.astype(jnp.bfloat16))
+        digest.update(path.encode() + row.tobytes())
     text = json.dumps(shape, sort_keys=True)
     return {
         "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16],
@@ -259,7 +260,7 @@ def write(params: Params, description: Description, directory: Path) -> None:
     """Write adapter and description; factors as float16, of which `load` makes float32."""
     tensors = {
         name: np.asarray(leaf, np.float16 if name.startswith("adapter/") else np.float32)
-        for name, leaf in flat(params)
+        for name, leaf in flat(processes.to_host(params))
     }
-    save_file(tensors, directory / ADAPTER)
+    processes.by_writer(lambda: save_file(tensors, directory / ADAPTER))
     records.write_text(directory / DESCRIPTION, description.to_json())

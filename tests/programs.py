@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 import pytest
 from absl import flags as absl_flags
 
-from refine_af.launch import _cli
+from refine_af.launch import (
+    _cli,
+    flags,  # noqa: F401 - defines what all programs share, once a process
+)
 
 
 class Result(NamedTuple):

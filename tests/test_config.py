@@ -354,6 +354,10 @@ def test_an_override_sets_one_field_in_its_type(
         ("--config.prompts.format=chats", "prompts.format='chats': expected one of ('raw', 'chat"),
         ("--config.ppo.sampling.stop=(1,)", "ppo.sampling.stop=(1,): expected a list of str"),
         ("--config.ppo.gamma=2", "ppo.gamma=2.0: expected in [0, 1]"),
+        *(
+            (f"--config.mesh={value}", f"--config.mesh={value}: expected AXIS:SIZE of ['data', 'f")
+            for value in ("8", "data:2,model:4", "data:2,data:4", "data:two", "data:2,", "")
+        ),
     ],
 )
 def test_a_faulty_override_is_refused(
@@ -362,6 +366,22 @@ def test_a_faulty_override_is_refused(
     with pytest.raises((ValueError, absl_flags.Error)) as error:
         parse("--config=tiny", argument)
     assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("value", "sizes"),
+    [
+        ("data:2,fsdp:4,tensor:2", (2, 4, 2)),
+        ("tensor:2,data:-1", (-1, 1, 2)),
+        ("fsdp:8", (1, 8, 1)),
+    ],
+)
+def test_a_mesh_is_one_override(
+    value: str, sizes: tuple[int, int, int], parse: Callable[..., Experiment]
+) -> None:
+    """Axes that are not named are 1."""
+    mesh = parse("--config=tiny", f"--config.mesh={value}").mesh
+    assert (mesh.data, mesh.fsdp, mesh.tensor) == sizes
 
 
 def test_a_file_may_write_a_float_as_a_whole_number(

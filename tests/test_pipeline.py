@@ -204,7 +204,7 @@ def test_stages_by_their_own_programs_make_the_same_run(
 
 @pytest.mark.slow
 def test_a_run_on_four_devices_finishes(programs: Programs, tmp_path: Path) -> None:
-    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
+    mesh = ("--config.mesh=data:2,fsdp:2", "--config.sft.num_microbatches=1")
     devices = "--xla_force_host_platform_device_count=4"
     ended = programs.run("pipeline", tmp_path, *mesh, XLA_FLAGS=devices)
     assert ended.code == 0, ended.err

@@ -1,0 +1,76 @@
+"""Meshes that do not fit: refused before any weight is read, with a remedy."""
+
+import dataclasses
+
+import jax
+import pytest
+
+from refine_af import mesh
+from refine_af.config import Mesh
+from refine_af.models.tiny import PRESETS
+
+TINY = PRESETS["tiny"]
+
+
+def of(num_devices: int = 8, **axes: int) -> jax.sharding.Mesh:
+    return mesh.make_mesh(Mesh(**axes), jax.devices()[:num_devices])
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, {"data": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_a_mesh_that_divides_the_model_is_taken(axes: dict[str, int]) -> None:
+    mesh.check(TINY, of(**axes))
+
+
+@pytest.mark.parametrize(
+    ("change", "axes", "message"),
+    [
+        (
+            {"num_heads": 9, "num_kv_heads": 3},
+            {"fsdp": 2, "tensor": 4},
+            "mesh tensor=4 does not divide the model's num_heads=9; take tensor=1, and give the "
+            "other devices to another axis",
+        ),
+        (
+            {"num_heads": 6},
+            {"data": 2, "fsdp": 1, "tensor": 4},
+            "mesh tensor=4 does not divide the model's num_heads=6; take tensor=2, and give the "
+            "other devices to another axis",
+        ),
+        (
+            {"hidden_dim": 130},
+            {"fsdp": 2, "tensor": 4},
+            "mesh tensor=4 does not divide the model's hidden_dim=130; take tensor=2, and give the "
+            "other devices to another axis",
+        ),
+        (
+            {"embed_dim": 36},
+            {"fsdp": 8},
+            "mesh fsdp=8 does not divide the model's embed_dim=36; take fsdp=4, and give the other "
+            "devices to another axis",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_is_refused(
+    change: dict[str, int], axes: dict[str, int], message: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        mesh.check(dataclasses.replace(TINY, **change), of(**axes))
+    assert str(error.value) == message
+
+
+def test_a_batch_must_divide() -> None:
+    mesh.check_batch("sft", 16, 2, of(data=2, fsdp=4))
+    mesh.check_batch("sft", 2, 2, of(data=1, fsdp=1, tensor=8))
+    with pytest.raises(ValueError) as error:
+        mesh.check_batch("sft", 8, 2, of(data=2, fsdp=4))
+    assert str(error.value) == (
+        "sft.batch_size=8 in num_microbatches=2: 4 rows at a time do not divide over data=2 x "
+        "fsdp=4 devices; make batch_size a multiple of 16, take fewer microbatches, or give "
+        "devices to tensor"
+    )
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"data": 3, "fsdp": -1}, {"data": -1}, {"fsdp": 0}])
+def test_a_mesh_of_other_devices_is_refused(axes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"the product must be the number of devices, 8; give one"):
+        of(**axes)
