@@ -40,8 +40,8 @@ def test_a_run_leaves_every_file(undisturbed: Done) -> None:
     others = names - {*WHOLE, *METRICS, DATASET, *REPORT}
     folders = {"/".join(name.split("/")[:2]) for name in others}
     events = {name for name in folders if name.startswith("ppo/events.out.tfevents.")}
-    folders -= {*events, "ppo/scores.sqlite", "ppo/alarms.jsonl"}
-    assert folders == {"ppo/checkpoints", "sft/checkpoints", "sft/adapter"}
+    folders -= {*events, "ppo/scores.sqlite"}
+    assert folders == {"ppo/checkpoints", "sft/checkpoints"}
     assert len(events) == 1
     assert not [name for name in names if "partial" in name or "tmp" in name]
 
