@@ -72,6 +72,7 @@ def open_manager(
         lightweight_initialize=True,  # else metadata that is damaged is fatal
         preservation_policy=_Keep(keep, best),
     )
+    sys.unraisablehook = _hush
     manager = ocp.CheckpointManager(
         directory.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
     )
@@ -245,7 +246,6 @@ def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
         "tree": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
         "fingerprint": np.zeros((), np.uint32),
     }
-    sys.unraisablehook = _hush
     try:
         unlike = _arrays(manager.item_metadata(step)) ^ _arrays(wanted)
         found = None if unlike else manager.restore(step, args=ocp.args.StandardRestore(wanted))
@@ -266,7 +266,7 @@ def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
 
 
 def _hush(leftover: Any, heard: Callable[[Any], None] = sys.unraisablehook) -> None:
-    """Orbax leaves reads behind when one fails, and each tells of it, on its own thread."""
+    """Orbax leaves reads and writes behind when one fails; each tells of it, on its own thread."""
     noise = ("Event loop is closed", "Encountered error while reading array")
     if not str(leftover.exc_value).startswith(noise):
         heard(leftover)
