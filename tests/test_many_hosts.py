@@ -242,6 +242,21 @@ def test_one_process_writes_and_asks_and_speaks(one: Run, two: Run) -> None:
 # Ends
 
 
+def before_ppo(run: Run, workdir: Path) -> Path:
+    """A workdir as `run` left it before its PPO."""
+    workdir.mkdir()
+    for name in TEXTS[:3]:
+        (workdir / name).write_bytes((run.workdir / name).read_bytes())
+    return workdir
+
+
+def assert_same_ppo(workdir: Path, other: Path) -> None:
+    for name in PPO:
+        assert rows_of(workdir / name) == rows_of(other / name)
+    found, wanted = (checkpoint(where / CHECKPOINTS[0]) for where in (workdir, other))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
 def wait_for(condition: Callable[[], bool], processes: list[Process]) -> None:
     while not condition():
         assert all(process.process.poll() is None for process in processes)
@@ -252,10 +267,7 @@ def wait_for(condition: Callable[[], bool], processes: list[Process]) -> None:
 def test_a_kill_ends_all_and_both_go_on_to_the_same_bits(
     two: Run, scratch: Path, arguments: tuple[str, ...]
 ) -> None:
-    workdir = scratch / "killed"
-    workdir.mkdir()
-    for name in TEXTS[:3]:
-        (workdir / name).write_bytes((two.workdir / name).read_bytes())
+    workdir = before_ppo(two, scratch / "killed")
     command = ("train_ppo", f"--workdir={workdir}", *arguments)
     processes = start_two(scratch, *command)
     wait_for(lambda: bool(records.read_rows(workdir / PPO[0])), processes)
@@ -267,10 +279,24 @@ def test_a_kill_ends_all_and_both_go_on_to_the_same_bits(
     assert "The following tasks are unhealthy (stopped sending heartbeats):\n1\n" in ended.err
     assert len(records.read_rows(workdir / PPO[0])) < 2, "nothing was left to do"
     finish(workdir, start_two(scratch, *command))
-    for name in PPO:
-        assert rows_of(workdir / name) == rows_of(two.workdir / name)
-    found, wanted = (checkpoint(where / CHECKPOINTS[0]) for where in (workdir, two.workdir))
-    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert_same_ppo(workdir, two.workdir)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_stops_all_at_the_same_step(
+    two: Run, scratch: Path, arguments: tuple[str, ...]
+) -> None:
+    workdir = before_ppo(two, scratch / "stopped")
+    command = ("train_ppo", f"--workdir={workdir}", *arguments)
+    processes = start_two(scratch, *command)
+    wait_for(lambda: bool(records.read_rows(workdir / PPO[0])), processes)
+    processes[1].process.send_signal(signal.SIGTERM)
+    for ended in [process.wait(60) for process in processes]:
+        assert ended.code == 0
+        assert ended.err.endswith("\nstopped; the same command goes on from here\n")
+        assert "has failed" not in ended.err
+    finish(workdir, start_two(scratch, *command))
+    assert_same_ppo(workdir, two.workdir)
 
 
 @pytest.mark.slow
