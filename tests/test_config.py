@@ -222,7 +222,11 @@ WORDS = "('q', 'k', 'v', 'o', 'gate', 'up', 'down')"
         ),
         ("sft.batch_size", 3, "sft.batch_size=3: must be a multiple of num_microbatches=2"),
         ("ppo.sampling.temperature", 0.0, "ppo.sampling.temperature: PPO must sample, use > 0"),
-        ("ppo.sampling.temperature", float("nan"), "temperature=nan: expected a finite number"),
+        (
+            "ppo.sampling.temperature",
+            float("nan"),
+            "ppo.sampling.temperature=nan: expected a finite number",
+        ),
         ("ppo.sampling.top_p", 0.0, "top_p=0.0: expected in (0, 1]"),
         ("ppo.sampling.top_p", 1.5, "top_p=1.5: expected in (0, 1]"),
         ("ppo.sampling.stop", ("a", ""), "stop=('a', ''): expected strings that are not empty"),

@@ -357,6 +357,7 @@ def page_with(text: str) -> Page:
     return Page(make_report(files))
 
 
+@pytest.mark.slow
 @fuzz(0.05)
 @given(st.sampled_from(ATTACKS) | st.lists(st.sampled_from(ATTACKS)).map("".join) | st.text())
 def test_what_a_model_wrote_is_shown_and_not_run(text: str) -> None:

@@ -191,7 +191,7 @@ def test_older_spellings_and_defaults_are_those_of_transformers(
         ),
         (
             {"num_hidden_layers": "two"},
-            "num_hidden_layers='two': expected a whole number from 1 to 2147483647",
+            "num_hidden_layers='two': expected a whole number from 1 to 10000",
         ),
         ({"hidden_size": -1}, "transformers does not accept it"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0: expected a whole number from 1 to 10000"),

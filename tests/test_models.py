@@ -158,7 +158,7 @@ def test_logical_axes_describe_the_tree_of_parameters(
     [
         ({"num_kv_heads": 3}, "num_heads=4 must be a multiple of num_kv_heads=3"),
         ({"head_dim": 7}, "head_dim=7: rotary needs an even size"),
-        ({"num_heads": 0}, "num_heads=0: expected at least 1"),
+        ({"num_heads": 0}, "num_heads=0: expected a whole number from 1"),
         ({"sliding_window": 0}, "sliding_window=0: expected >= 1"),
     ],
 )

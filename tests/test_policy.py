@@ -72,6 +72,7 @@ def test_all_weights_on_a_mesh_are_those_on_one_device() -> None:
     assert_close(state, expected_state, 1e-5)
 
 
+@pytest.mark.slow
 def test_a_critic_of_its_own_leaves_the_policy_alone() -> None:
     """A shared trunk is moved by the value loss, too."""
     for options, alone in ((SEPARATE, True), (ONE_STEP, False)):

@@ -77,7 +77,8 @@ def test_without_it_every_rollout_is_of_the_newest_policy(tmp_path: Path) -> Non
     assert records.read_rows(tmp_path / rlaf.METRICS)[1]["kl/k3"] > 0
 
 
-@pytest.mark.parametrize("stop_at", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_at", [1, 3])
 def test_a_stopped_run_goes_on_as_if_undisturbed(
     stop_at: int, undisturbed: Path, tmp_path: Path
 ) -> None:
