@@ -105,7 +105,8 @@ def devices(topology: str) -> Sequence[Any]:
     """
     if topology == "local":
         return jax.devices()
-    os.environ.update(_NO_TPU)
+    for name, value in _NO_TPU.items():
+        os.environ.setdefault(name, value)
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:

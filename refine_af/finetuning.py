@@ -158,7 +158,7 @@ class FinetuningStage:
             writing.check_space(self.workdir, convert.num_bytes(self.base.source.weights))
             first, state = checkpoints.restore_latest(manager, new)
             records.cut(metrics, first, "step")
-            for row in records.stream_rows(metrics):
+            for row in records.read_rows(metrics):
                 losses |= {row["step"] + 1: row["eval_loss"]} if "eval_loss" in row else {}
             state = self._train(manager, first, state, (train, held_out), losses)
             if (chosen := best()) is not None:

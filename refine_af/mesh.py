@@ -183,8 +183,7 @@ def shard_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
     def put(x: Any) -> jax.Array:
         divides = np.ndim(x) > 0 and np.shape(x)[0] % parts == 0
-        part = PartitionSpec(BATCH_AXES) if divides else PartitionSpec()
-        return processes.to_devices(x, NamedSharding(mesh, part))
+        return processes.to_devices(x, rows_split(mesh) if divides else replicated(mesh))
 
     return jax.tree.map(put, tree)
 

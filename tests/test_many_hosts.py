@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from runs import rows_without_times
 from safetensors.numpy import load_file
 
 from refine_af import records, seeds
@@ -165,13 +166,6 @@ def two(scratch: Path, arguments: tuple[str, ...]) -> Run:
     return finish(workdir, start_two(scratch, "pipeline", f"--workdir={workdir}", *arguments))
 
 
-def rows_of(path: Path) -> list[records.Row]:
-    return [
-        {key: value for key, value in row.items() if not key.startswith(("time/", "memory/"))}
-        for row in records.read_rows(path)
-    ]
-
-
 def checkpoint(directory: Path) -> Any:
     """Arrays of the newest checkpoint, on the host."""
     step = max(int(path.name) for path in directory.iterdir() if path.name.isdigit())
@@ -212,7 +206,9 @@ def test_two_processes_make_the_run_of_one(one: Run, two: Run) -> None:
     for name in TEXTS:
         assert (two.workdir / name).read_bytes() == (one.workdir / name).read_bytes(), name
     for name in NUMBERS:
-        assert_close(rows_of(two.workdir / name), rows_of(one.workdir / name), name)
+        assert_close(
+            rows_without_times(two.workdir / name), rows_without_times(one.workdir / name), name
+        )
     for name in CHECKPOINTS:
         found, wanted = (checkpoint(run.workdir / name)["tree"]["params"] for run in (two, one))
         assert_close(found, wanted, name)
@@ -252,7 +248,7 @@ def before_ppo(run: Run, workdir: Path) -> Path:
 
 def assert_same_ppo(workdir: Path, other: Path) -> None:
     for name in PPO:
-        assert rows_of(workdir / name) == rows_of(other / name)
+        assert rows_without_times(workdir / name) == rows_without_times(other / name)
     found, wanted = (checkpoint(where / CHECKPOINTS[0]) for where in (workdir, other))
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 

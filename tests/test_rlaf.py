@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import rows_without_times
 from tensorboardX.proto import event_pb2
 from updates import CONFIG, base
 
@@ -48,13 +49,6 @@ def stage(workdir: Path, options: Ppo = PPO, stop_at: int | None = None) -> Rlaf
     return RlafStage(config, base(), oracle, seeds.load(None), TEXTS, HELD_OUT, workdir)
 
 
-def without_times(path: Path) -> list[records.Row]:
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("time/", "memory/"))}
-        for row in records.read_rows(path)
-    ]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workdir = tmp_path_factory.mktemp("undisturbed")
@@ -86,7 +80,7 @@ def test_a_stopped_run_goes_on_as_if_undisturbed(
         stage(tmp_path, stop_at=stop_at).run()
     stage(tmp_path).run()
     for name in (rlaf.METRICS, rlaf.ROLLOUTS, rlaf.SAMPLES):
-        assert without_times(tmp_path / name) == without_times(undisturbed / name)
+        assert rows_without_times(tmp_path / name) == rows_without_times(undisturbed / name)
 
 
 def test_the_same_instructions_are_looked_at_again_and_again(undisturbed: Path) -> None:
