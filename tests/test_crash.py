@@ -1,5 +1,6 @@
 """Runs that are killed at random moments and end as if nothing had happened."""
 
+import glob
 import os
 import signal
 import time
@@ -53,7 +54,9 @@ class Watch:
     def _look(self) -> dict[Path, tuple[int, int]]:
         found = {}
         for pattern in self.patterns:
-            for path in self.workdir.glob(pattern):
+            # Unlike Path.glob, this takes directories that vanish meanwhile.
+            for name in glob.iglob(pattern, root_dir=self.workdir, recursive=True):
+                path = self.workdir / name
                 try:
                     status = path.stat()
                 except OSError:  # gone since it was listed
