@@ -1,4 +1,9 @@
-"""What a long run holds in memory does not grow with its steps."""
+"""What a long run holds in memory does not grow with its steps.
+
+    python tests/test_growth.py WORKDIR 10000
+
+prints the memory after each of so many steps.
+"""
 
 import dataclasses
 import json
@@ -20,13 +25,11 @@ from refine_af.rlaf import RlafStage
 STEPS = 600
 OPTIONS = dataclasses.replace(
     CONFIG.ppo,
-    num_steps=STEPS,
     batch_size=4,
     num_epochs=1,
     num_microbatches=1,
     num_eval_prompts=0,
     eval_every=0,
-    checkpoint_every=STEPS,  # Orbax keeps some KiB of each save: docs/checkpoints.md
     sampling=dataclasses.replace(CONFIG.ppo.sampling, max_new_tokens=4),
 )
 
@@ -51,8 +54,10 @@ class Quick(RlafStage):
         self.sizes.append(psutil.Process().memory_info().rss)
 
 
-def main(workdir: Path) -> None:
-    config = dataclasses.replace(CONFIG, ppo=OPTIONS)
+def main(workdir: Path, steps: int) -> None:
+    # One save: Orbax keeps some KiB of each (docs/checkpoints.md).
+    options = dataclasses.replace(OPTIONS, num_steps=steps, checkpoint_every=steps)
+    config = dataclasses.replace(CONFIG, ppo=options)
     texts = [f"Name {i} colours." for i in range(8)]
     Quick(config, base(), oracle, seeds.load(None), texts, [], workdir).run()
     print(json.dumps(Quick.sizes))
@@ -61,7 +66,7 @@ def main(workdir: Path) -> None:
 @pytest.mark.slow
 def test_memory_of_a_long_run_is_flat(tmp_path: Path) -> None:
     """In a process of its own: JAX's debug modes and captured output grow."""
-    command = [sys.executable, __file__, str(tmp_path)]
+    command = [sys.executable, __file__, str(tmp_path), str(STEPS)]
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     sizes = json.loads(ended.stdout)
     assert len(sizes) == STEPS
@@ -71,4 +76,4 @@ def test_memory_of_a_long_run_is_flat(tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -246,6 +247,13 @@ def before_ppo(run: Run, workdir: Path) -> Path:
     return workdir
 
 
+def assert_close_ppo(workdir: Path, other: Path) -> None:
+    for name in PPO:
+        assert_close(*(rows_without_times(where / name) for where in (workdir, other)), name)
+    found, wanted = (checkpoint(where / CHECKPOINTS[0])["tree"] for where in (workdir, other))
+    assert_close(found["params"], wanted["params"], CHECKPOINTS[0])
+
+
 def assert_same_ppo(workdir: Path, other: Path) -> None:
     for name in PPO:
         assert rows_without_times(workdir / name) == rows_without_times(other / name)
@@ -279,7 +287,7 @@ def test_a_kill_ends_all_and_both_go_on_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_all_at_the_same_step(
+def test_a_signal_to_one_stops_all_at_a_step_that_any_number_goes_on_from(
     two: Run, scratch: Path, arguments: tuple[str, ...]
 ) -> None:
     workdir = before_ppo(two, scratch / "stopped")
@@ -291,8 +299,12 @@ def test_a_signal_to_one_stops_all_at_the_same_step(
         assert ended.code == 0
         assert ended.err.endswith("\nstopped; the same command goes on from here\n")
         assert "has failed" not in ended.err
+    moved = shutil.copytree(workdir, scratch / "moved")
     finish(workdir, start_two(scratch, *command))
     assert_same_ppo(workdir, two.workdir)
+    # What two processes saved, one goes on from.
+    finish(moved, [Process(scratch, 4, "train_ppo", f"--workdir={moved}", *arguments)])
+    assert_close_ppo(moved, two.workdir)
 
 
 @pytest.mark.slow
