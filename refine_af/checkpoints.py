@@ -202,15 +202,10 @@ def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
     """
     faults: dict[int, ValueError] = {}
     for step in sorted(manager.all_steps(), reverse=True):
-        tree = like
-        found: ValueError | None = None
         try:
             tree = restore(manager, step, like)
         except (DamagedError, OtherTreeError) as error:  # one before it that fits: damaged, too
-            found = error
-        found = _agreed(found)
-        if found:
-            faults[step] = found
+            faults[step] = error
             continue
         _set_aside(manager, faults, step)
         return step, tree
@@ -223,12 +218,6 @@ def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
         else f"{next(iter(faults.values()))}, and so are all before it; remove "
         f"{manager.directory} to begin again with step 0"
     )
-
-
-def _agreed(fault: ValueError | None) -> ValueError | None:
-    """Of several processes, each of which reads its part, what any of them has found."""
-    text = next(filter(None, processes.everyone(str(fault) if fault else "")), "")
-    return fault or (DamagedError(text) if text else None)
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
@@ -246,23 +235,48 @@ def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
         "tree": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
         "fingerprint": np.zeros((), np.uint32),
     }
+    found: dict[str, Any] = {}
+    fault: ValueError | None = None
+    try:
+        found = _read(manager, step, wanted)
+    except (DamagedError, OtherTreeError) as error:
+        fault = error
+    if fault := _agreed(fault):
+        raise fault
+    if _fingerprint(found["tree"]) != found["fingerprint"]:
+        raise DamagedError(f"{path}: the checkpoint is damaged (its bits do not add up)")
+    tree: T = found["tree"]
+    return tree
+
+
+def _read(manager: ocp.CheckpointManager, step: int, wanted: Any) -> dict[str, Any]:
+    """The parts of a checkpoint that are this process's.
+
+    Not with `manager.restore`, in which a process waits for the others: one that finds its own
+    part damaged would not come.
+    """
+    path = manager.directory / str(step)
+    handler, args = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(wanted)
     try:
         unlike = _arrays(manager.item_metadata(step)) ^ _arrays(wanted)
-        found = None if unlike else manager.restore(step, args=ocp.args.StandardRestore(wanted))
+        found = {} if unlike else handler.restore(path / "default", args=args)
     except _NOT_DAMAGE:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
         raise DamagedError(f"{path}: the checkpoint is damaged ({_one_line(error)})") from None
-    if found is None:
+    if unlike:
         name, shape, dtype = min(unlike)
         raise OtherTreeError(
             f"{path}: the checkpoint is of another config: {name} with shape {shape} and dtype "
             f"{dtype} is in one of them only"
         )
-    if _fingerprint(found["tree"]) != found["fingerprint"]:
-        raise DamagedError(f"{path}: the checkpoint is damaged (its bits do not add up)")
-    tree: T = found["tree"]
-    return tree
+    return dict(found)
+
+
+def _agreed(fault: ValueError | None) -> ValueError | None:
+    """Of several processes, each of which reads its part, what any of them has found."""
+    text = next(filter(None, processes.everyone(str(fault) if fault else "")), "")
+    return fault or (DamagedError(text) if text else None)
 
 
 def _hush(leftover: Any, heard: Callable[[Any], None] = sys.unraisablehook) -> None:
