@@ -258,11 +258,14 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: Any) -> dict[str, A
     path = manager.directory / str(step)
     handler, args = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(wanted)
     try:
-        unlike = _arrays(manager.item_metadata(step)) ^ _arrays(wanted)
-        found = {} if unlike else handler.restore(path / "default", args=args)
+        with interruptions.held():  # in a callback of TensorStore the exception would be lost
+            unlike = _arrays(manager.item_metadata(step)) ^ _arrays(wanted)
+            found = {} if unlike else handler.restore(path / "default", args=args)
     except _NOT_DAMAGE:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
+        if interruptions.received():  # it may be what a signal has become
+            raise KeyboardInterrupt from None
         raise DamagedError(f"{path}: the checkpoint is damaged ({_one_line(error)})") from None
     if unlike:
         name, shape, dtype = min(unlike)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags as absl_flags
 from jax.sharding import NamedSharding, PartitionSpec

@@ -1,5 +1,6 @@
 """Checkpoints: the same bits come back, on any mesh, and only finished ones count."""
 
+import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -334,6 +336,31 @@ def test_a_signal_saves_the_newest_finished_step(
     assert interruptions.received() == signum
     assert checkpoints.latest_step(tmp_path) == saved
     assert take_steps(tmp_path, {}) == list(range(saved, 9))
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_signal_while_restoring_is_not_taken_for_damage(
+    broken: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor lost, where TensorStore swallows its exception; the read may go on or fail."""
+    save_array(tmp_path, 5, 6)
+    read = ocp.StandardCheckpointHandler.restore
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        for _ in range(times):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        if broken:
+            raise ValueError("cannot be read")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", interrupted)
+    interruptions.install()
+    with pytest.raises(KeyboardInterrupt):
+        restore(tmp_path, {"x": jnp.zeros((64, 64))})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "6"]
 
 
 @pytest.mark.usefixtures("own_handlers")
