@@ -4,6 +4,7 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -336,6 +337,28 @@ def test_a_signal_saves_the_newest_finished_step(
     assert interruptions.received() == signum
     assert checkpoints.latest_step(tmp_path) == saved
     assert take_steps(tmp_path, {}) == list(range(saved, 9))
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize(("before", "cut"), [(0, False), (1, True)])
+def test_the_save_that_all_agreed_to_outlives_a_first_signal(
+    before: int, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a host's own, that is: the one before it came to another host. A second ends all."""
+    others = SimpleNamespace(several=lambda: True, everyone=lambda mine: [mine, signal.SIGINT])
+    monkeypatch.setattr(interruptions, "processes", others)
+    save = checkpoints.save
+
+    def disturbed(*args: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        save(*args)
+
+    monkeypatch.setattr(checkpoints, "save", disturbed)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        take_steps(tmp_path, {0: send(signal.SIGTERM, before)})
+    assert (type(caught.value) is not interruptions.AgreedInterrupt) == cut
+    assert checkpoints.latest_step(tmp_path) == (0 if cut else 1)
+    assert interruptions.received() == (signal.SIGTERM if before else signal.SIGINT)
 
 
 @pytest.mark.usefixtures("own_handlers")
