@@ -189,13 +189,19 @@ def _fingerprint(tree: Any) -> UInt32[Array, ""]:
     return sum(parts, start=jnp.zeros((), jnp.uint32))
 
 
-def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
-    """(step, tree) of the newest sound checkpoint; (0, `like`) when there is none at all.
+def shapes_of(tree: T) -> T:
+    """The tree with each array's shape, dtype and sharding in its place."""
+    shapes: T = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    return shapes
+
+
+def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T | None]:
+    """(step, tree) of the newest sound checkpoint; (0, None) when there is none at all.
 
     Newer ones that are damaged are named in a warning, and renamed to `damaged-STEP`.
 
     Args:
-        like: a tree of arrays with the wanted shapes, dtypes and shardings.
+        like: what `shapes_of` says of the wanted tree, whose arrays need not be there any more.
 
     Raises:
         ValueError: all are damaged, or of another config.
@@ -210,7 +216,7 @@ def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
         _set_aside(manager, faults, step)
         return step, tree
     if not faults:
-        return 0, like
+        return 0, None
     others = [fault for fault in faults.values() if isinstance(fault, OtherTreeError)]
     raise ValueError(
         f"{others[0]}; take another --workdir, or remove it"
@@ -231,10 +237,7 @@ def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
         OtherTreeError: it was saved from a tree of other names, shapes or dtypes.
     """
     path = manager.directory / str(step)
-    wanted = {
-        "tree": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
-        "fingerprint": np.zeros((), np.uint32),
-    }
+    wanted = {"tree": shapes_of(like), "fingerprint": np.zeros((), np.uint32)}
     found: dict[str, Any] = {}
     fault: ValueError | None = None
     try:

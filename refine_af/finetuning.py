@@ -153,13 +153,14 @@ class FinetuningStage:
         with checkpoints.open_manager(
             self.workdir / CHECKPOINTS, keep=options.keep_checkpoints, best=best
         ) as manager:
-            new = self._new_state(tx)
-            checkpoints.check_space(manager, new, options.keep_checkpoints + options.keep_best)
+            like = checkpoints.shapes_of(self._new_state(tx))
+            checkpoints.check_space(manager, like, options.keep_checkpoints + options.keep_best)
             writing.check_space(self.workdir, convert.num_bytes(self.base.source.weights))
-            first, state = checkpoints.restore_latest(manager, new)
+            first, found = checkpoints.restore_latest(manager, like)
             records.cut(metrics, first, "step")
             for row in records.read_rows(metrics):
                 losses |= {row["step"] + 1: row["eval_loss"]} if "eval_loss" in row else {}
+            state = found or self._new_state(tx)
             state = self._train(manager, first, state, (train, held_out), losses)
             if (chosen := best()) is not None:
                 manager.wait_until_finished()

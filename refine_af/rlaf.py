@@ -82,7 +82,8 @@ class RlafStage:
             memory.check_state(shapes, shapes.params, self.base.mesh, "train_ppo")
             new = new_state(self.config, self.base)
             checkpoints.check_space(manager, new, keep)
-            first, state = checkpoints.restore_latest(manager, new)
+            first, found = checkpoints.restore_latest(manager, new)
+            state = new if found is None else found
             state = self._train(manager, first, state, measured, layout)
         if measured:
             self._evaluate(state, measured, layout)

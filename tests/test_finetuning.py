@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -305,6 +307,29 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(
     assert_close(tuned(tmp_path), tuned(whole), 0)
     file = f"{finetuning.EXPORT}/model.safetensors"
     assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_start_that_restores_holds_one_state(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that it gave the shapes of is gone by then."""
+    made: list[weakref.ref[jax.Array]] = []
+    fresh, restore = FinetuningStage._new_state, checkpoints.restore
+
+    def new_state(*args: Any) -> training.TrainState:
+        state = fresh(*args)
+        made.extend(weakref.ref(x) for x in jax.tree.leaves(state.opt_state))
+        return state
+
+    def watched(*args: Any) -> Any:
+        assert made and not [x for x in made if x() is not None]
+        return restore(*args)
+
+    monkeypatch.setattr(FinetuningStage, "_new_state", new_state)
+    monkeypatch.setattr(checkpoints, "restore", watched)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    stage(tmp_path).run()
+    assert_close(tuned(tmp_path), tuned(whole), 0)
 
 
 def test_the_best_epoch_is_kept_and_exported(
