@@ -79,8 +79,7 @@ def open_manager(
     try:
         yield manager
     finally:
-        with _writing(directory):
-            manager.wait_until_finished()
+        finish(manager)
         manager.close()
 
 
@@ -111,6 +110,16 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any, config: str = "")
             args=ocp.args.StandardSave(content),
             custom_metadata={"config": config},
         )
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Wait for saves that are under way.
+
+    Raises:
+        OSError: one has failed.
+    """
+    with _writing(Path(manager.directory)):
+        manager.wait_until_finished()
 
 
 def advance(
@@ -213,7 +222,7 @@ def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T | No
         except (DamagedError, OtherTreeError) as error:  # one before it that fits: damaged, too
             faults[step] = error
             continue
-        _set_aside(manager, faults, step)
+        _set_aside(manager, faults, f"going on from step {step}")
         return step, tree
     if not faults:
         return 0, None
@@ -224,6 +233,26 @@ def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T | No
         else f"{next(iter(faults.values()))}, and so are all before it; remove "
         f"{manager.directory} to begin again with step 0"
     )
+
+
+def restore_best(
+    manager: ocp.CheckpointManager, like: T, losses: dict[int, float]
+) -> tuple[int, T | None]:
+    """(step, tree) of the sound checkpoint with the lowest loss; (0, None) when there is none.
+
+    Args:
+        like: as in `restore_latest`.
+        losses: by step, of this and other checkpoints; loses those that turn out to be damaged,
+            which are renamed as there.
+    """
+    while there := losses.keys() & set(manager.all_steps()):
+        step = min(there, key=lambda step: (losses[step], step))
+        try:
+            return step, restore(manager, step, like)
+        except DamagedError as fault:
+            del losses[step]
+            _set_aside(manager, {step: fault}, "the next best one is taken")
+    return 0, None
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
@@ -301,16 +330,16 @@ def _arrays(tree: Any) -> set[tuple[str, tuple[int, ...], str]]:
     }
 
 
-def _set_aside(manager: ocp.CheckpointManager, faults: Mapping[int, ValueError], step: int) -> None:
+def _set_aside(manager: ocp.CheckpointManager, faults: Mapping[int, ValueError], then: str) -> None:
     """Rename what is faulty, by step: it can be saved again, and what can be rescued is there.
 
     Args:
-        step: sound, to go on from.
+        then: what is done instead, for the warning.
     """
 
     def rename() -> None:
         for number, fault in faults.items():
-            logging.warning("%s; going on from step %d", fault, step)
+            logging.warning("%s; %s", fault, then)
             aside = manager.directory / f"damaged-{number}"
             shutil.rmtree(aside, ignore_errors=True)
             (manager.directory / str(number)).rename(aside)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,14 +159,19 @@ class FinetuningStage:
             writing.check_space(self.workdir, convert.num_bytes(self.base.source.weights))
             first, found = checkpoints.restore_latest(manager, like)
             records.cut(metrics, first, "step")
+            kept = manager.all_steps()
             for row in records.read_rows(metrics):
-                losses |= {row["step"] + 1: row["eval_loss"]} if "eval_loss" in row else {}
+                if row.get("eval_loss") is not None and row["step"] + 1 in kept:
+                    losses[row["step"] + 1] = row["eval_loss"]
             state = found or self._new_state(tx)
             state = self._train(manager, first, state, (train, held_out), losses)
-            if (chosen := best()) is not None:
-                manager.wait_until_finished()
-                state = checkpoints.restore(manager, chosen, state)
-        self._export(state.params["adapter"])
+            adapter = state.params["adapter"]
+            del found, state  # the best one takes their place
+            if best() is not None:
+                checkpoints.finish(manager)
+                chosen = checkpoints.restore_best(manager, like, losses)[1]
+                adapter = chosen.params["adapter"] if chosen else adapter
+        self._export(adapter)
 
     def _train(
         self,
@@ -192,8 +198,8 @@ class FinetuningStage:
             row |= {name: float(value) for name, value in figures.items()}
             row["time/tokens_per_second"] = count / (time.monotonic() - began)
             if held_out and (step + 1) % per_epoch == 0:
-                row["eval_loss"] = self._eval_loss(definition, state, held_out)
-                losses[step + 1] = row["eval_loss"]
+                loss = row["eval_loss"] = self._eval_loss(definition, state, held_out)
+                losses.update({step + 1: loss} if math.isfinite(loss) else {})
             training.check_skipped(state, _MAX_SKIPPED, f"fine-tuning step {step}")
             records.append_rows(self.workdir / METRICS, [row])
             rate = f"{row['time/tokens_per_second']:.0f}"
