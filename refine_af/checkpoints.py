@@ -83,15 +83,19 @@ def open_manager(
         manager.close()
 
 
-def check_space(manager: ocp.CheckpointManager, tree: Any, keep: int) -> None:
+def check_space(manager: ocp.CheckpointManager, tree: Any, keep: int, *, beside: int = 0) -> None:
     """See to it that as many checkpoints of `tree` as will be there at a time fit on the disk.
+
+    Args:
+        beside: bytes of what else is to be written there.
 
     Raises:
         OSError: they do not.
     """
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     new = max(keep + 1 - len(manager.all_steps()), 1)  # one more while it is being written
-    processes.once(lambda: writing.check_space(Path(manager.directory), new * size))
+    needed = new * size + beside
+    processes.once(lambda: writing.check_space(Path(manager.directory), needed))
 
 
 def save(manager: ocp.CheckpointManager, step: int, tree: Any, config: str = "") -> None:

@@ -21,7 +21,7 @@ from refine_af import config as config_lib
 from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment, config_hash
 from refine_af.mesh import shard_batch
-from refine_af.models import convert, lora, transformer, writing
+from refine_af.models import convert, lora, transformer
 from refine_af.models.transformer import Definition, Params
 from refine_af.progress import bar
 from refine_af.randomness import generator, key_of
@@ -155,8 +155,9 @@ class FinetuningStage:
             self.workdir / CHECKPOINTS, keep=options.keep_checkpoints, best=best
         ) as manager:
             like = checkpoints.shapes_of(self._new_state(tx))
-            checkpoints.check_space(manager, like, options.keep_checkpoints + options.keep_best)
-            writing.check_space(self.workdir, convert.num_bytes(self.base.source.weights))
+            export = convert.num_bytes(self.base.source.weights, "float32")  # merged
+            keep = options.keep_checkpoints + options.keep_best
+            checkpoints.check_space(manager, like, keep, beside=export)
             first, found = checkpoints.restore_latest(manager, like)
             records.cut(metrics, first, "step")
             kept = manager.all_steps()

@@ -27,7 +27,7 @@ from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment, Sampling, Sft
 from refine_af.configs import tiny
 from refine_af.finetuning import Examples, FinetuningStage, encode, pad
-from refine_af.models import hf, lora, transformer
+from refine_af.models import hf, lora, transformer, writing
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.registry import PRESETS
 from refine_af.requests import Request
@@ -413,23 +413,41 @@ def test_a_save_that_fails_before_the_best_is_read_is_one_line(
 ) -> None:
     set_losses(monkeypatch, 1.0, 2.0)
     mine = keeping_best(tmp_path)
-    waited = fail_with(ValueError("No space left"), CheckpointManager.wait_until_finished)
-    monkeypatch.setattr(CheckpointManager, "wait_until_finished", waited)
-    with pytest.raises(
-        OSError, match=r"a checkpoint cannot be written \(No space left\); the ones"
-    ):
+    wait, errors = CheckpointManager.wait_until_finished, [ValueError("No space left")]
+
+    def fails_once(manager: CheckpointManager) -> None:
+        wait(manager)
+        last = manager.latest_step() == 6 and threading.current_thread() is threading.main_thread()
+        if last and errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(CheckpointManager, "wait_until_finished", fails_once)
+    with pytest.raises(OSError, match=r"a checkpoint cannot be written \(No space left\); the"):
         mine.run()
 
 
-def fail_with(error: Exception, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which fails once all six steps are behind it."""
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_space_for_checkpoints_and_a_float32_export_is_asked_for(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step: three checkpoints, and the model in the dtype of its export."""
+    asked: list[int] = []
 
-    def wrapped(manager: CheckpointManager) -> None:
-        function(manager)
-        if manager.latest_step() == 6 and threading.current_thread() is threading.main_thread():
-            raise error
+    def check_space(_: Path, needed: int) -> None:
+        asked.append(needed)
+        raise OSError
 
-    return wrapped
+    params = jax.tree.map(lambda x: x.astype(dtype), base().params)
+    mine = dataclasses.replace(
+        stage(tmp_path),
+        base=dataclasses.replace(base(), source=source_of(TINY, params, (EOS,), TOKENIZER)),
+    )
+    monkeypatch.setattr(writing, "check_space", check_space)
+    with pytest.raises(OSError):
+        mine.run()
+    state = jax.tree.leaves(mine._new_state(finetuning.optimizer(SFT, 6)))
+    weights = jax.tree.leaves(params)
+    assert asked == [3 * sum(x.nbytes for x in state) + 4 * sum(x.size for x in weights)]
 
 
 def test_a_step_that_is_not_finite_is_recorded_as_null(
