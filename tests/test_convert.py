@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -315,6 +316,36 @@ def test_of_two_programs_with_one_target_the_second_is_refused(tmp_path: Path) -
             (fast / "config.json").write_text("fast")
         (slow / "config.json").write_text("slow")
     assert content(tmp_path) == {Path("m/config.json"): b"fast"}
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from refine_af.models import convert
+
+target, moment = Path(sys.argv[1]), sys.argv[2]
+with convert.staged(target, overwrite=True) as new:
+    (new / "config.json").write_text("new")
+    if moment == "between the renames":
+        target.rename(new.parent / "old")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["while writing", "between the renames"])
+def test_what_a_killed_program_has_left_is_cleared_away(moment: str, tmp_path: Path) -> None:
+    """The old model is back before the next start is at work; what is another's stays."""
+    target = tmp_path / "m"
+    for folder in (target, tmp_path / ".m.mine"):
+        folder.mkdir()
+        (folder / "config.json").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", _KILLED, target, moment], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len([*tmp_path.iterdir()]) == 2 + (moment == "while writing")
+    with pytest.raises(KeyboardInterrupt), convert.staged(target, overwrite=True):
+        assert content(target) == {Path("config.json"): b"old"}
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m.mine", "m"]
 
 
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
