@@ -228,7 +228,8 @@ def start(
         _meet()
         processes.once(main) if one_process else main()
     except KeyboardInterrupt as error:
-        _stopped(resumes, agreed=isinstance(error, interruptions.AgreedInterrupt))
+        agreed = isinstance(error, interruptions.AgreedInterrupt)
+        _stopped(resumes, str(error), agreed=agreed)
     except SystemExit as error:
         if error.code and processes.several():
             processes.fail(f"exit status {error.code}", int(error.code))
@@ -255,10 +256,14 @@ def _is_news(record: LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _stopped(resumes: bool, *, agreed: bool = False) -> NoReturn:
-    """Leave; where all processes have `agreed` to, each does so by itself."""
-    left_over = "the same command goes on from here" if resumes else "nothing was written"
-    print(f"\nstopped; {left_over}", file=sys.stderr)
+def _stopped(resumes: bool, left_over: str = "", *, agreed: bool = False) -> NoReturn:
+    """Leave; where all processes have `agreed` to, each does so by itself.
+
+    Args:
+        left_over: what there is, where that is not what `resumes` says.
+    """
+    usual = "the same command goes on from here" if resumes else "nothing was written"
+    print(f"\nstopped; {left_over or usual}", file=sys.stderr)
     threading.excepthook = lambda _: None  # a save under way finds its workers gone
     code = 130
     if interruptions.received() == signal.SIGTERM:
@@ -308,8 +313,7 @@ def _meet() -> None:
             names = ", ".join(f"--{name}" for name in given)
             raise ValueError(f"--{missing[0]} is missing: give {names}, or none of them")
         _join(*given.values())
-    mine = [argument for argument in sys.argv[1:] if "process_id" not in argument]
-    first, *others = processes.everyone(mine)
+    first, *others = processes.everyone(_without_number(sys.argv[1:]))
     for other, theirs in enumerate(others, start=1):
         if theirs != first:
             raise ValueError(
@@ -319,6 +323,18 @@ def _meet() -> None:
     if not processes.is_writer():
         logging.set_verbosity(logging.ERROR)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
+
+
+def _without_number(argv: Sequence[str]) -> list[str]:
+    """Arguments without `--process_id` and its value, which may follow it."""
+    rest, kept = iter(argv), []
+    for argument in rest:
+        flag, equals, _ = argument.partition("=")
+        if flag.lstrip("-") != _PROCESS_ID.name:
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)
+    return kept
 
 
 def _join(address: Any, count: Any, number: Any) -> None:
