@@ -11,6 +11,7 @@ from refine_af.config import Experiment, config_hash
 from refine_af.models.writing import writing
 from refine_af.records import Row, write_text
 
+FIELDS = ("id", "instruction", "input", "output")  # of each row, besides is_classification
 _FEATURES = Features(
     {
         "id": Value("string"),

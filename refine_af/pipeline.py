@@ -1,8 +1,10 @@
 """The stages in their order, each of which takes up what the workdir holds."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +58,10 @@ def claim(config: Experiment, workdir: Path, *, force: bool) -> None:
 def _claim(config: Experiment, workdir: Path, force: bool) -> None:
     path = workdir / CONFIG
     mine, known = config_hash(config), records.read_json(path)
-    earlier = set(known.get("earlier", []))
+    listed = known.get("earlier", [])
+    if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
+        raise ValueError(f"{path}: earlier={listed!r}: expected a list of hashes")
+    earlier = set(listed)
     for where, theirs in {
         path: known.get("hash"),
         **{folder: checkpoints.config_of(folder) for folder in _checkpoints(workdir)},
@@ -154,9 +159,9 @@ def generate_instances(run: Run) -> bool:
     rows = run.accepted_instructions()
     params = rlaf.tuned_policy(run.config, run.base, run.workdir)
     InstanceStage(run.config, run.base, run.seeds, rows, run.workdir).run(params)
-    kept, dropped = (
-        records.read_rows(run.workdir / name) for name in (instances.ACCEPTED, instances.REJECTED)
-    )
+    files = {instances.ACCEPTED: dataset.FIELDS, instances.REJECTED: ("reason",)}
+    kept, dropped = (records.read_rows(run.workdir / name, files[name]) for name in files)
+    records.check_bools(kept, "is_classification", run.workdir / instances.ACCEPTED)
     target = run.workdir / "dataset"
     processes.once(lambda: dataset.write_dataset(run.config, kept, dropped, target))
     return True
@@ -226,11 +231,16 @@ def run_stage(run: Run, name: str) -> None:
         raise
     finally:
         if worked:
-            spent = time.monotonic() - began
-            processes.by_writer(lambda: _add_time(run.workdir / TIMINGS, name, spent))
+            spent, failing = time.monotonic() - began, sys.exception() is not None
+            # Beside an error of the stage, another one of its timing is not worth telling.
+            with contextlib.suppress(*(OSError, ValueError) if failing else ()):
+                processes.by_writer(lambda: _add_time(run.workdir / TIMINGS, name, spent))
 
 
 def _add_time(path: Path, name: str, seconds: float) -> None:
     timings = records.read_json(path)
-    timings[name] = round(timings.get(name, 0.0) + seconds, 2)
+    before = timings.get(name, 0.0)
+    if type(before) not in (int, float):
+        raise ValueError(f"{path}: {name}={before!r}: expected seconds")
+    timings[name] = round(before + seconds, 2)
     records.write_text(path, json.dumps(timings, indent=1) + "\n")
