@@ -112,10 +112,10 @@ def test_lists_become_tuples_and_whole_numbers_floats() -> None:
 
 
 @pytest.mark.parametrize("path", LEAVES)
-def test_the_hash_changes_with_every_field(path: str) -> None:
+def test_the_hash_changes_with_every_field_but_the_mesh(path: str) -> None:
     config = changed(path, other(path))
     assert dict(leaves(config)) == LEAVES | {path: other(path)}
-    assert config_hash(config) != config_hash(TINY)
+    assert (config_hash(config) == config_hash(TINY)) == path.startswith("mesh.")
     assert len(config_hash(config)) == 16
 
 
