@@ -20,7 +20,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from refine_af import configs, interruptions, records
+from refine_af import configs, interruptions, memory, records
 from refine_af.config import Experiment, Mesh, from_dict
 from refine_af.models import processes
 from refine_af.models.one_line import one_line
@@ -28,6 +28,13 @@ from refine_af.models.sources import cache_dir
 
 _CONFIGS = Path(next(iter(configs.__path__)))
 _MOST_TEXT = 4000  # characters of an error
+_MOST_REASON = 200  # characters of a library's reason within one
+_LEVERS = {  # flags of programs that decide how much memory is taken
+    "batch_size": "lower --batch_size",
+    "max_new_tokens": "lower --max_new_tokens",
+    "max_length": "lower --max_length",
+    "int8_weights": "set --int8_weights",
+}
 
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address",
@@ -243,7 +250,9 @@ def start(
         if interruptions.received():  # a library's way of saying so
             _stopped(resumes)
         text = one_line(error, _MOST_TEXT)
-        if not isinstance(error, ValueError | OSError | flags.Error) or not _is_for_user(error):
+        if memory.ran_out(error):
+            text = f"out of memory ({one_line(error, _MOST_REASON)}): {_lighter()}"
+        elif not isinstance(error, ValueError | OSError | flags.Error) or not _is_for_user(error):
             if processes.several():
                 traceback.print_exc()
                 if isinstance(error, jax.errors.JaxRuntimeError):
@@ -252,6 +261,14 @@ def start(
             raise
         print(f"error: {text}", file=sys.stderr)
         _exit(text, 2)
+
+
+def _lighter() -> str:
+    """What to change where memory has run out; stages know better (`memory.advice`)."""
+    levers = {name: lever for name, lever in _LEVERS.items() if name in flags.FLAGS}
+    found = [f"{lever} (now {flags.FLAGS[name].value})" for name, lever in levers.items()]
+    found += ["raise --config.mesh.fsdp"] if "config" in flags.FLAGS else []
+    return ", ".join(found) or "use a device with more"
 
 
 def _is_news(record: LogRecord) -> bool:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from orbax.checkpoint import CheckpointManager
 from transformers import PreTrainedTokenizerBase
 
-from refine_af import checkpoints, logprobs, records, tokens, training
+from refine_af import checkpoints, logprobs, memory, records, tokens, training
 from refine_af import config as config_lib
 from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment, config_hash
@@ -155,6 +155,7 @@ class FinetuningStage:
             self.workdir / CHECKPOINTS, keep=options.keep_checkpoints, best=best
         ) as manager:
             like = checkpoints.shapes_of(self._new_state(tx))
+            memory.check_state(like, like.params, self.base.mesh, "finetune")
             export = convert.num_bytes(self.base.source.weights, "float32")  # merged
             keep = options.keep_checkpoints + options.keep_best
             checkpoints.check_space(manager, like, keep, beside=export)

@@ -90,6 +90,12 @@ def affordable_slots(
     return num_slots
 
 
+_SMALLER = {
+    "train_ppo": "train an adapter (lora), take ppo.optimizer=adafactor",
+    "finetune": "lower sft.lora.rank",
+}
+
+
 def check_state(state: Any, params: Any, mesh: jax.sharding.Mesh, stage: str) -> None:
     """See to it that a train state and its gradient fit: the least that an update takes.
 
@@ -105,8 +111,7 @@ def check_state(state: Any, params: Any, mesh: jax.sharding.Mesh, stage: str) ->
     if needed > free:
         raise ValueError(
             f"{stage}: the train state and its gradient take {needed / 2**30:.1f} GiB on each "
-            f"device, and {free / 2**30:.1f} GiB are free; train an adapter (lora), take "
-            "ppo.optimizer=adafactor, or raise mesh.fsdp"
+            f"device, and {free / 2**30:.1f} GiB are free; {_SMALLER[stage]}, or raise mesh.fsdp"
         )
 
 
@@ -129,6 +134,12 @@ _SECTIONS = {
     "finetune": "sft",
     "evaluate": "evaluation",
 }
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether it says that a device or the host has no memory left."""
+    of_jax = isinstance(error, jax.errors.JaxRuntimeError)
+    return isinstance(error, MemoryError) or (of_jax and "RESOURCE_EXHAUSTED" in str(error))
 
 
 def advice(stage: str, config: Experiment, error: Exception) -> str:

@@ -226,7 +226,7 @@ def run_stage(run: Run, name: str) -> None:
     try:
         worked = STAGES[name](run)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        if memory.ran_out(error):
             raise ValueError(memory.advice(name, run.config, error)) from None
         raise
     finally:

@@ -21,7 +21,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from orbax.checkpoint import CheckpointManager
 from transformers import PreTrainedTokenizerFast
 
-from refine_af import checkpoints, finetuning, mesh, records, training
+from refine_af import checkpoints, finetuning, memory, mesh, records, training
 from refine_af import config as config_lib
 from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment, Sampling, Sft
@@ -424,6 +424,14 @@ def test_a_save_that_fails_before_the_best_is_read_is_one_line(
     monkeypatch.setattr(CheckpointManager, "wait_until_finished", fails_once)
     with pytest.raises(OSError, match=r"a checkpoint cannot be written \(No space left\); the"):
         mine.run()
+
+
+def test_a_train_state_that_does_not_fit_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 1000)
+    with pytest.raises(ValueError, match=r"^finetune: the train state .*; lower sft.lora.rank, or"):
+        stage(tmp_path).run()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

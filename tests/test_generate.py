@@ -4,10 +4,13 @@ import json
 import signal
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from programs import Program, jsonl, refused
 
 from refine_af import records
+from refine_af.engine import Engine
 
 pytestmark = pytest.mark.usefixtures("only_its_own_flags")
 
@@ -72,6 +75,22 @@ def test_a_signal_says_where_the_rows_are(
     assert result.code == 143
     assert f"\nstopped; the rows so far are in {output}\n" in result.err
     assert len(records.read_rows(output)) == 1
+
+
+def test_memory_that_runs_out_is_one_line_with_advice(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: object) -> None:
+        jax.jit(lambda: jnp.zeros((1 << 44,)))()
+
+    monkeypatch.setattr(Engine, "stream", greedy)
+    result = program(*GENERATE, "--prompt=ab")
+    assert result.code == 2
+    assert result.err.splitlines()[-1] == (
+        "error: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 70368744177664 bytes.)"
+        ": lower --batch_size (now 16), lower --max_new_tokens (now 6), set --int8_weights (now "
+        "False)"
+    )
 
 
 def test_generate_prints_the_continuation_of_one_prompt(program: Program) -> None:
