@@ -245,7 +245,7 @@ class Ppo:
     value_clip_eps: float = 0.2
     value_coef: float = 0.1  # of gae
     entropy_coef: float = 0.0
-    kl_coef: float = 0.1  # at the start
+    kl_coef: float = 0.1  # of the adaptive controller: at the start
     kl_controller: str = "adaptive"  # one of KL_CONTROLLERS
     kl_target: float = 6.0  # summed over an answer, nats; of the adaptive controller
     kl_horizon: int = 10_000  # answers
@@ -290,6 +290,25 @@ class Ppo:
         require(
             self.estimator == "gae" or not self.whiten_rewards,
             f"ppo.whiten_rewards=True: {self.estimator} has no token rewards",
+        )
+        require(
+            self.estimator == "gae" or (self.critic == "shared" and self.critic_warmup == 0),
+            f"ppo.critic={self.critic}, critic_warmup={self.critic_warmup}: {self.estimator} has "
+            "no critic, expected shared and 0",
+        )
+        require(
+            self.critic_warmup < self.num_steps,
+            f"ppo.critic_warmup={self.critic_warmup}: expected below num_steps={self.num_steps}",
+        )
+        require(
+            self.kl_controller == "fixed" or self.kl_coef > 0,
+            f"ppo.kl_coef={self.kl_coef}: the adaptive controller multiplies it; expected above 0, "
+            "or kl_controller=fixed",
+        )
+        require(
+            not (self.sample_ahead and self.max_update_kl),
+            "ppo.sample_ahead=True: its answers are of the policy one step back, which "
+            "max_update_kl takes for one that has moved; expected one of them",
         )
         require(
             self.dual_clip == 0 or self.dual_clip > 1,

@@ -30,7 +30,6 @@ from refine_af.rewards import Example
 from refine_af.trained_oracle import HEADS, Description
 from refine_af.training import TrainState
 
-_MAX_SKIPPED = 5
 _CENTRING = 0.01
 _WARMUP_SHARE = 0.1  # of all steps
 _MAX_GRAD_NORM = 1.0
@@ -196,7 +195,7 @@ def train(
             row: Row = {"step": step} | {name: float(value) for name, value in figures.items()}
             count = int(np.count_nonzero(batch.tokens))
             row["time/tokens_per_second"] = count / (time.monotonic() - began)
-            training.check_skipped(state, _MAX_SKIPPED, f"oracle step {step}")
+            training.check_skipped(state, f"oracle step {step}")
             record(row)
             progress.update()
             progress.count_tokens(count)

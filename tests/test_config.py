@@ -235,6 +235,13 @@ WORDS = "('q', 'k', 'v', 'o', 'gate', 'up', 'down')"
             3,
             "ppo.group_size=3: expected a divisor of batch_size=8, at least 1 for gae",
         ),
+        (
+            "ppo.kl_coef",
+            0.0,
+            "ppo.kl_coef=0.0: the adaptive controller multiplies it; expected above 0, or "
+            "kl_controller=fixed",
+        ),
+        ("ppo.critic_warmup", 3, "ppo.critic_warmup=3: expected below num_steps=3"),
         ("ppo.dual_clip", 0.5, "ppo.dual_clip=0.5: expected 0 or above 1"),
         (
             "ppo.estimator",
