@@ -79,20 +79,23 @@ def open_manager(
     try:
         yield manager
     finally:
-        with _writing(directory):
-            manager.wait_until_finished()
+        finish(manager)
         manager.close()
 
 
-def check_space(manager: ocp.CheckpointManager, tree: Any, keep: int) -> None:
+def check_space(manager: ocp.CheckpointManager, tree: Any, keep: int, *, beside: int = 0) -> None:
     """See to it that as many checkpoints of `tree` as will be there at a time fit on the disk.
+
+    Args:
+        beside: bytes of what else is to be written there.
 
     Raises:
         OSError: they do not.
     """
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     new = max(keep + 1 - len(manager.all_steps()), 1)  # one more while it is being written
-    processes.once(lambda: writing.check_space(Path(manager.directory), new * size))
+    needed = new * size + beside
+    processes.once(lambda: writing.check_space(Path(manager.directory), needed))
 
 
 def save(manager: ocp.CheckpointManager, step: int, tree: Any, config: str = "") -> None:
@@ -111,6 +114,16 @@ def save(manager: ocp.CheckpointManager, step: int, tree: Any, config: str = "")
             args=ocp.args.StandardSave(content),
             custom_metadata={"config": config},
         )
+
+
+def finish(manager: ocp.CheckpointManager) -> None:
+    """Wait for saves that are under way.
+
+    Raises:
+        OSError: one has failed.
+    """
+    with _writing(Path(manager.directory)):
+        manager.wait_until_finished()
 
 
 def advance(
@@ -189,33 +202,34 @@ def _fingerprint(tree: Any) -> UInt32[Array, ""]:
     return sum(parts, start=jnp.zeros((), jnp.uint32))
 
 
-def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
-    """(step, tree) of the newest sound checkpoint; (0, `like`) when there is none at all.
+def shapes_of(tree: T) -> T:
+    """The tree with each array's shape, dtype and sharding in its place."""
+    shapes: T = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    return shapes
+
+
+def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T | None]:
+    """(step, tree) of the newest sound checkpoint; (0, None) when there is none at all.
 
     Newer ones that are damaged are named in a warning, and renamed to `damaged-STEP`.
 
     Args:
-        like: a tree of arrays with the wanted shapes, dtypes and shardings.
+        like: what `shapes_of` says of the wanted tree, whose arrays need not be there any more.
 
     Raises:
         ValueError: all are damaged, or of another config.
     """
     faults: dict[int, ValueError] = {}
     for step in sorted(manager.all_steps(), reverse=True):
-        tree = like
-        found: ValueError | None = None
         try:
             tree = restore(manager, step, like)
         except (DamagedError, OtherTreeError) as error:  # one before it that fits: damaged, too
-            found = error
-        found = _agreed(found)
-        if found:
-            faults[step] = found
+            faults[step] = error
             continue
-        _set_aside(manager, faults, step)
+        _set_aside(manager, faults, f"going on from step {step}")
         return step, tree
     if not faults:
-        return 0, like
+        return 0, None
     others = [fault for fault in faults.values() if isinstance(fault, OtherTreeError)]
     raise ValueError(
         f"{others[0]}; take another --workdir, or remove it"
@@ -225,10 +239,24 @@ def restore_latest(manager: ocp.CheckpointManager, like: T) -> tuple[int, T]:
     )
 
 
-def _agreed(fault: ValueError | None) -> ValueError | None:
-    """Of several processes, each of which reads its part, what any of them has found."""
-    text = next(filter(None, processes.everyone(str(fault) if fault else "")), "")
-    return fault or (DamagedError(text) if text else None)
+def restore_best(
+    manager: ocp.CheckpointManager, like: T, losses: dict[int, float]
+) -> tuple[int, T | None]:
+    """(step, tree) of the sound checkpoint with the lowest loss; (0, None) when there is none.
+
+    Args:
+        like: as in `restore_latest`.
+        losses: by step, of this and other checkpoints; loses those that turn out to be damaged,
+            which are renamed as there.
+    """
+    while there := losses.keys() & set(manager.all_steps()):
+        step = min(there, key=lambda step: (losses[step], step))
+        try:
+            return step, restore(manager, step, like)
+        except DamagedError as fault:
+            del losses[step]
+            _set_aside(manager, {step: fault}, "the next best one is taken")
+    return 0, None
 
 
 def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
@@ -242,27 +270,52 @@ def restore(manager: ocp.CheckpointManager, step: int, like: T) -> T:
         OtherTreeError: it was saved from a tree of other names, shapes or dtypes.
     """
     path = manager.directory / str(step)
-    wanted = {
-        "tree": jax.tree.map(ocp.utils.to_shape_dtype_struct, like),
-        "fingerprint": np.zeros((), np.uint32),
-    }
+    wanted = {"tree": shapes_of(like), "fingerprint": np.zeros((), np.uint32)}
+    found: dict[str, Any] = {}
+    fault: ValueError | None = None
     try:
-        unlike = _arrays(manager.item_metadata(step)) ^ _arrays(wanted)
-        found = None if unlike else manager.restore(step, args=ocp.args.StandardRestore(wanted))
+        found = _read(manager, step, wanted)
+    except (DamagedError, OtherTreeError) as error:
+        fault = error
+    if fault := _agreed(fault):
+        raise fault
+    if _fingerprint(found["tree"]) != found["fingerprint"]:
+        raise DamagedError(f"{path}: the checkpoint is damaged (its bits do not add up)")
+    tree: T = found["tree"]
+    return tree
+
+
+def _read(manager: ocp.CheckpointManager, step: int, wanted: Any) -> dict[str, Any]:
+    """The parts of a checkpoint that are this process's.
+
+    Not with `manager.restore`, in which a process waits for the others: one that finds its own
+    part damaged would not come.
+    """
+    path = manager.directory / str(step)
+    handler, args = ocp.StandardCheckpointHandler(), ocp.args.StandardRestore(wanted)
+    try:
+        with interruptions.held():  # in a callback of TensorStore the exception would be lost
+            unlike = _arrays(manager.item_metadata(step)) ^ _arrays(wanted)
+            found = {} if unlike else handler.restore(path / "default", args=args)
     except _NOT_DAMAGE:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
+        if interruptions.received():  # it may be what a signal has become
+            raise KeyboardInterrupt from None
         raise DamagedError(f"{path}: the checkpoint is damaged ({_one_line(error)})") from None
-    if found is None:
+    if unlike:
         name, shape, dtype = min(unlike)
         raise OtherTreeError(
             f"{path}: the checkpoint is of another config: {name} with shape {shape} and dtype "
             f"{dtype} is in one of them only"
         )
-    if _fingerprint(found["tree"]) != found["fingerprint"]:
-        raise DamagedError(f"{path}: the checkpoint is damaged (its bits do not add up)")
-    tree: T = found["tree"]
-    return tree
+    return dict(found)
+
+
+def _agreed(fault: ValueError | None) -> ValueError | None:
+    """Of several processes, each of which reads its part, what any of them has found."""
+    text = next(filter(None, processes.everyone(str(fault) if fault else "")), "")
+    return fault or (DamagedError(text) if text else None)
 
 
 def _hush(leftover: Any, heard: Callable[[Any], None] = sys.unraisablehook) -> None:
@@ -281,16 +334,16 @@ def _arrays(tree: Any) -> set[tuple[str, tuple[int, ...], str]]:
     }
 
 
-def _set_aside(manager: ocp.CheckpointManager, faults: Mapping[int, ValueError], step: int) -> None:
+def _set_aside(manager: ocp.CheckpointManager, faults: Mapping[int, ValueError], then: str) -> None:
     """Rename what is faulty, by step: it can be saved again, and what can be rescued is there.
 
     Args:
-        step: sound, to go on from.
+        then: what is done instead, for the warning.
     """
 
     def rename() -> None:
         for number, fault in faults.items():
-            logging.warning("%s; going on from step %d", fault, step)
+            logging.warning("%s; %s", fault, then)
             aside = manager.directory / f"damaged-{number}"
             shutil.rmtree(aside, ignore_errors=True)
             (manager.directory / str(number)).rename(aside)

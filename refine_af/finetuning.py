@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from refine_af import config as config_lib
 from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment, config_hash
 from refine_af.mesh import shard_batch
-from refine_af.models import convert, lora, transformer, writing
+from refine_af.models import convert, lora, transformer
 from refine_af.models.transformer import Definition, Params
 from refine_af.progress import bar
 from refine_af.randomness import generator, key_of
@@ -152,18 +153,25 @@ class FinetuningStage:
         with checkpoints.open_manager(
             self.workdir / CHECKPOINTS, keep=options.keep_checkpoints, best=best
         ) as manager:
-            new = self._new_state(tx)
-            checkpoints.check_space(manager, new, options.keep_checkpoints + options.keep_best)
-            writing.check_space(self.workdir, convert.num_bytes(self.base.source.weights))
-            first, state = checkpoints.restore_latest(manager, new)
+            like = checkpoints.shapes_of(self._new_state(tx))
+            export = convert.num_bytes(self.base.source.weights, "float32")  # merged
+            keep = options.keep_checkpoints + options.keep_best
+            checkpoints.check_space(manager, like, keep, beside=export)
+            first, found = checkpoints.restore_latest(manager, like)
             records.cut(metrics, first, "step")
+            kept = manager.all_steps()
             for row in records.read_rows(metrics):
-                losses |= {row["step"] + 1: row["eval_loss"]} if "eval_loss" in row else {}
+                if row.get("eval_loss") is not None and row["step"] + 1 in kept:
+                    losses[row["step"] + 1] = row["eval_loss"]
+            state = found or self._new_state(tx)
             state = self._train(manager, first, state, (train, held_out), losses)
-            if (chosen := best()) is not None:
-                manager.wait_until_finished()
-                state = checkpoints.restore(manager, chosen, state)
-        self._export(state.params["adapter"])
+            adapter = state.params["adapter"]
+            del found, state  # the best one takes their place
+            if best() is not None:
+                checkpoints.finish(manager)
+                chosen = checkpoints.restore_best(manager, like, losses)[1]
+                adapter = chosen.params["adapter"] if chosen else adapter
+        self._export(adapter)
 
     def _train(
         self,
@@ -190,8 +198,8 @@ class FinetuningStage:
             row |= {name: float(value) for name, value in figures.items()}
             row["time/tokens_per_second"] = count / (time.monotonic() - began)
             if held_out and (step + 1) % per_epoch == 0:
-                row["eval_loss"] = self._eval_loss(definition, state, held_out)
-                losses[step + 1] = row["eval_loss"]
+                loss = row["eval_loss"] = self._eval_loss(definition, state, held_out)
+                losses.update({step + 1: loss} if math.isfinite(loss) else {})
             training.check_skipped(state, f"fine-tuning step {step}")
             records.append_rows(self.workdir / METRICS, [row])
             rate = f"{row['time/tokens_per_second']:.0f}"

@@ -11,7 +11,8 @@ from typing import Any
 
 from refine_af.models import processes
 
-_received: list[signal.Signals] = []
+_received: list[signal.Signals] = []  # by this process
+_agreed: list[signal.Signals] = []  # the one that all processes stop for, if any
 _depth = 0  # of blocks that are held
 
 
@@ -22,19 +23,21 @@ class AgreedInterrupt(KeyboardInterrupt):
 def install() -> None:
     """Handle both signals from now on; a shell starts background jobs with SIGINT ignored."""
     _received.clear()
+    _agreed.clear()
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _receive)
 
 
 def _receive(signum: int, frame: Any) -> None:
     _received.append(signal.Signals(signum))
-    if not _depth or len(_received) > 1:
+    waits = _depth or _agreed  # a first one asks for what is being done already
+    if not waits or len(_received) > 1:
         raise KeyboardInterrupt
 
 
 def received() -> signal.Signals | None:
-    """The first signal, if one has come."""
-    return _received[0] if _received else None
+    """The signal that all stop for, or the first that has come here, if any."""
+    return next(iter((*_agreed, *_received)), None)
 
 
 def check() -> None:
@@ -43,7 +46,11 @@ def check() -> None:
     Raises:
         KeyboardInterrupt: a signal has come, and no block is held.
     """
-    if _received and not _depth:
+    if _depth:
+        return
+    if _agreed:
+        raise AgreedInterrupt
+    if _received:
         raise KeyboardInterrupt
 
 
@@ -78,6 +85,9 @@ def shared() -> Iterator[None]:
 def agree() -> None:
     """Stop all processes where a signal has come to any of them; all must come here.
 
+    From here on a first signal of each process's own changes nothing, and a second one ends it at
+    once: a scheduler sends one to every host, and not at the same moment.
+
     Raises:
         AgreedInterrupt: it has.
     """
@@ -85,5 +95,5 @@ def agree() -> None:
         return
     first = next(filter(None, processes.everyone(int(_received[0]) if _received else 0)), 0)
     if first:
-        _received[:] = [signal.Signals(first)]
+        _agreed[:] = [signal.Signals(first)]
         raise AgreedInterrupt

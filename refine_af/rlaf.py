@@ -83,7 +83,9 @@ class RlafStage:
             shapes = jax.eval_shape(self._new_state)
             memory.check_state(shapes, shapes.params, self.base.mesh, "train_ppo")
             checkpoints.check_space(manager, shapes, keep)
-            first, state = checkpoints.restore_latest(manager, self._new_state())
+            like = checkpoints.shapes_of(self._new_state())  # whose arrays are gone
+            first, state = checkpoints.restore_latest(manager, like)
+            state = self._new_state() if state is None else state
             with ppo_records.open_log(self.workdir, self.config, first) as log:
                 state = self._train(manager, first, state, log)
         if self.held_out:
@@ -251,16 +253,20 @@ def tuned_policy(config: Experiment, base: BaseModel, workdir: Path) -> Params:
     """Parameters for an engine, of the policy after the last PPO step.
 
     Raises:
-        ValueError: stage 2 has not finished, or its last checkpoint is damaged.
+        DamagedError: its checkpoint is damaged, and was set aside.
+        ValueError: stage 2 has not finished.
     """
-    directory = workdir / CHECKPOINTS
-    step, state = steps_done(workdir), None
-    if step >= config.ppo.num_steps:
-        with checkpoints.open_manager(directory, keep=config.ppo.keep_checkpoints) as manager:
-            like = policy_update.new_state(config, base)
-            step, state = checkpoints.restore_latest(manager, like)
-    if state is None or step < config.ppo.num_steps:
-        raise ValueError(
-            f"{directory}: PPO has done {step} of {config.ppo.num_steps} steps; run train_ppo first"
-        )
+    directory, wanted = workdir / CHECKPOINTS, config.ppo.num_steps
+
+    def fault(step: int) -> str:
+        return f"{directory}: PPO has done {step} of {wanted} steps; run train_ppo first"
+
+    done = steps_done(workdir)
+    if done < wanted:
+        raise ValueError(fault(done))
+    with checkpoints.open_manager(directory, keep=config.ppo.keep_checkpoints) as manager:
+        like = checkpoints.shapes_of(policy_update.new_state(config, base))
+        step, state = checkpoints.restore_latest(manager, like)
+    if state is None or step < wanted:
+        raise checkpoints.DamagedError(fault(step))
     return Policy(base, config.ppo).for_sampling(state.params)

@@ -1,14 +1,17 @@
 """Checkpoints: the same bits come back, on any mesh, and only finished ones count."""
 
+import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -110,11 +113,22 @@ def test_what_is_saved_may_be_donated_at_once(tmp_path: Path) -> None:
     assert_equal(restore(tmp_path, ONE(state()))[1], state(1))
 
 
-def test_without_a_checkpoint_the_given_state_is_the_first(tmp_path: Path) -> None:
-    like = ONE(state())
-    step, restored = restore(tmp_path / "new", like)
-    assert step == 0
-    assert restored is like
+def test_without_a_checkpoint_there_is_nothing(tmp_path: Path) -> None:
+    assert restore(tmp_path / "new", ONE(state())) == (0, None)
+
+
+def test_shapes_are_enough_to_restore(tmp_path: Path) -> None:
+    """So that no second state need be there at the same time."""
+    read = MESHES["fsdp 4, tensor 2"]
+    save(tmp_path, 3)
+    placed = read(state())
+    like = checkpoints.shapes_of(placed)
+    jax.tree.map(lambda x: x.delete(), placed)
+    step, restored = restore(tmp_path, like)
+    assert step == 3
+    assert_equal(restored, state(3))
+    for ours, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(placed), strict=True):
+        assert ours.sharding == wanted.sharding
 
 
 def test_an_error_in_the_block_still_finishes_the_save(tmp_path: Path) -> None:
@@ -283,7 +297,8 @@ def take_steps(
         checkpoints.open_manager(directory, keep=9) as manager,
         bar("steps", total=9, unit="step") as progress,
     ):
-        first, tree = checkpoints.restore_latest(manager, {"x": jnp.zeros(())})
+        first, found = checkpoints.restore_latest(manager, {"x": jnp.zeros(())})
+        tree = found or {"x": jnp.zeros(())}
         assert tree["x"] == first
         checkpoints.advance(
             manager,
@@ -334,6 +349,53 @@ def test_a_signal_saves_the_newest_finished_step(
     assert interruptions.received() == signum
     assert checkpoints.latest_step(tmp_path) == saved
     assert take_steps(tmp_path, {}) == list(range(saved, 9))
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize(("before", "cut"), [(0, False), (1, True)])
+def test_the_save_that_all_agreed_to_outlives_a_first_signal(
+    before: int, cut: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a host's own, that is: the one before it came to another host. A second ends all."""
+    others = SimpleNamespace(several=lambda: True, everyone=lambda mine: [mine, signal.SIGINT])
+    monkeypatch.setattr(interruptions, "processes", others)
+    save = checkpoints.save
+
+    def disturbed(*args: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        save(*args)
+
+    monkeypatch.setattr(checkpoints, "save", disturbed)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        take_steps(tmp_path, {0: send(signal.SIGTERM, before)})
+    assert (type(caught.value) is not interruptions.AgreedInterrupt) == cut
+    assert checkpoints.latest_step(tmp_path) == (0 if cut else 1)
+    assert interruptions.received() == (signal.SIGTERM if before else signal.SIGINT)
+
+
+@pytest.mark.usefixtures("own_handlers")
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_signal_while_restoring_is_not_taken_for_damage(
+    broken: bool, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor lost, where TensorStore swallows its exception; the read may go on or fail."""
+    save_array(tmp_path, 5, 6)
+    read = ocp.StandardCheckpointHandler.restore
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        for _ in range(times):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+        if broken:
+            raise ValueError("cannot be read")
+        return read(*args, **kwargs)
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", interrupted)
+    interruptions.install()
+    with pytest.raises(KeyboardInterrupt):
+        restore(tmp_path, {"x": jnp.zeros((64, 64))})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["5", "6"]
 
 
 @pytest.mark.usefixtures("own_handlers")

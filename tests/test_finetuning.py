@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import shutil
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import torch
 import transformers
 from decoders import source_of
 from jax.tree_util import keystr, tree_leaves_with_path
+from orbax.checkpoint import CheckpointManager
 from transformers import PreTrainedTokenizerFast
 
 from refine_af import checkpoints, finetuning, mesh, records, training
@@ -23,7 +27,7 @@ from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment, Sampling, Sft
 from refine_af.configs import tiny
 from refine_af.finetuning import Examples, FinetuningStage, encode, pad
-from refine_af.models import hf, lora, transformer
+from refine_af.models import hf, lora, transformer, writing
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.registry import PRESETS
 from refine_af.requests import Request
@@ -307,25 +311,143 @@ def test_a_run_that_was_killed_ends_as_an_undisturbed_one(
     assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
 
 
+def test_a_start_that_restores_holds_one_state(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that it gave the shapes of is gone by then."""
+    made: list[weakref.ref[jax.Array]] = []
+    fresh, restore = FinetuningStage._new_state, checkpoints.restore
+
+    def new_state(*args: Any) -> training.TrainState:
+        state = fresh(*args)
+        made.extend(weakref.ref(x) for x in jax.tree.leaves(state.opt_state))
+        return state
+
+    def watched(*args: Any) -> Any:
+        assert made and not [x for x in made if x() is not None]
+        return restore(*args)
+
+    monkeypatch.setattr(FinetuningStage, "_new_state", new_state)
+    monkeypatch.setattr(checkpoints, "restore", watched)
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    stage(tmp_path).run()
+    assert_close(tuned(tmp_path), tuned(whole), 0)
+
+
+def keeping_best(workdir: Path) -> FinetuningStage:
+    options = dataclasses.replace(SFT, keep_best=True, keep_checkpoints=1)
+    return stage(workdir, dataclasses.replace(EXPERIMENT, sft=options))
+
+
+def set_losses(monkeypatch: pytest.MonkeyPatch, *losses: float) -> None:
+    """Those of the epochs, which end with steps 3 and 6."""
+    given = iter(losses)
+    monkeypatch.setattr(FinetuningStage, "_eval_loss", lambda *_: next(given))
+
+
+def train_only(mine: FinetuningStage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take all steps; the first write of the export is the end."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(hf, "write", fail_at(0, hf.write))
+        mine.run()
+
+
+def saved(mine: FinetuningStage, step: int) -> Any:
+    """Adapter of a checkpoint."""
+    like = checkpoints.shapes_of(mine._new_state(finetuning.optimizer(SFT, 6)))
+    with checkpoints.open_manager(mine.workdir / finetuning.CHECKPOINTS, keep=9) as manager:
+        return checkpoints.restore(manager, step, like).params["adapter"]
+
+
 def test_the_best_epoch_is_kept_and_exported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here the first of two; and a second start still knows."""
-    losses = iter([1.0, 2.0])
-    monkeypatch.setattr(FinetuningStage, "_eval_loss", lambda *_: next(losses))
-    options = dataclasses.replace(SFT, keep_best=True, keep_checkpoints=1)
-    mine = stage(tmp_path, dataclasses.replace(EXPERIMENT, sft=options))
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(hf, "write", fail_at(0, hf.write))
-        mine.run()
+    set_losses(monkeypatch, 1.0, 2.0)
+    mine = keeping_best(tmp_path)
+    train_only(mine, monkeypatch)
     mine.run()
-    folder, like = tmp_path / finetuning.CHECKPOINTS, mine._new_state(finetuning.optimizer(SFT, 6))
+    folder = tmp_path / finetuning.CHECKPOINTS
     assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
-    with checkpoints.open_manager(folder, keep=2) as manager:
-        first, last = (checkpoints.restore(manager, step, like).params for step in (3, 6))
-    assert_close(tuned(tmp_path), first["adapter"], 0)
+    first, last = (saved(mine, step) for step in (3, 6))
+    assert_close(tuned(tmp_path), first, 0)
     with pytest.raises(AssertionError):
         assert_close(first, last, 0)
+
+
+@pytest.mark.parametrize("losses", [(1.0, 2.0), (1.0, float("nan"))])
+def test_of_a_damaged_best_the_next_best_is_exported(
+    losses: tuple[float, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The state of the last step, where no loss is left; a third start knows no more of it."""
+    set_losses(monkeypatch, *losses)
+    mine = keeping_best(tmp_path)
+    train_only(mine, monkeypatch)
+    folder = tmp_path / finetuning.CHECKPOINTS
+    manifest = folder / "3/default/manifest.ocdbt"
+    manifest.write_bytes(manifest.read_bytes()[:10])
+    train_only(mine, monkeypatch)
+    (notice,) = [m for m in caplog.messages if m.startswith(f"{folder}/3: the checkpoint is dam")]
+    assert notice.endswith("; the next best one is taken")
+    mine.run()
+    assert sorted(path.name for path in folder.iterdir()) == ["6", "damaged-3"]
+    assert_close(tuned(tmp_path), saved(mine, 6), 0)
+
+
+def test_a_loss_that_is_not_finite_is_no_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Written as null, and read so by a second start."""
+    set_losses(monkeypatch, float("nan"), 2.0)
+    mine = keeping_best(tmp_path)
+    train_only(mine, monkeypatch)
+    mine.run()
+    assert_close(tuned(tmp_path), saved(mine, 6), 0)
+
+
+def test_a_save_that_fails_before_the_best_is_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_losses(monkeypatch, 1.0, 2.0)
+    mine = keeping_best(tmp_path)
+    wait, errors = CheckpointManager.wait_until_finished, [ValueError("No space left")]
+
+    def fails_once(manager: CheckpointManager) -> None:
+        wait(manager)
+        last = manager.latest_step() == 6 and threading.current_thread() is threading.main_thread()
+        if last and errors:
+            raise errors.pop()
+
+    monkeypatch.setattr(CheckpointManager, "wait_until_finished", fails_once)
+    with pytest.raises(OSError, match=r"a checkpoint cannot be written \(No space left\); the"):
+        mine.run()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_space_for_checkpoints_and_a_float32_export_is_asked_for(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first step: three checkpoints, and the model in the dtype of its export."""
+    asked: list[int] = []
+
+    def check_space(_: Path, needed: int) -> None:
+        asked.append(needed)
+        raise OSError
+
+    params = jax.tree.map(lambda x: x.astype(dtype), base().params)
+    mine = dataclasses.replace(
+        stage(tmp_path),
+        base=dataclasses.replace(base(), source=source_of(TINY, params, (EOS,), TOKENIZER)),
+    )
+    monkeypatch.setattr(writing, "check_space", check_space)
+    with pytest.raises(OSError):
+        mine.run()
+    state = jax.tree.leaves(mine._new_state(finetuning.optimizer(SFT, 6)))
+    weights = jax.tree.leaves(params)
+    assert asked == [3 * sum(x.nbytes for x in state) + 4 * sum(x.size for x in weights)]
 
 
 def test_a_step_that_is_not_finite_is_recorded_as_null(

@@ -93,7 +93,8 @@ class Process:
             self.log.with_suffix(".out").open("w") as out,
             self.log.with_suffix(".err").open("w") as err,
         ):
-            command = [sys.executable, "-m", f"refine_af.launch.{name}", *arguments]
+            program = [name] if name.endswith(".py") else ["-m", f"refine_af.launch.{name}"]
+            command = [sys.executable, *program, *arguments]
             self.process = subprocess.Popen(
                 command, stdout=out, stderr=err, env=environment, cwd=cwd
             )
@@ -305,6 +306,27 @@ def test_a_signal_to_one_stops_all_at_a_step_that_any_number_goes_on_from(
     # What two processes saved, one goes on from.
     finish(moved, [Process(scratch, 4, "train_ppo", f"--workdir={moved}", *arguments)])
     assert_close_ppo(moved, two.workdir)
+
+
+def part_of_the_other(directory: Path) -> Path:
+    """The arrays of a checkpoint that process 1 alone has written, and reads."""
+    files = (directory / "default/ocdbt.process_1/d").iterdir()
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_finds_is_found_by_all(tmp_path: Path, scratch: Path) -> None:
+    program = str(Path(__file__).with_name("save_and_restore.py"))
+    directory = tmp_path / "checkpoints"
+    command = (program, f"--directory={directory}")
+    finish(tmp_path, start_two(scratch, *command))
+    part = part_of_the_other(directory / "2")
+    part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
+    first, second = [process.wait(60) for process in start_two(scratch, *command)]
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    assert first.out.endswith("restored 1\n")
+    assert f"{directory}/2: the checkpoint is damaged (" in first.err
+    assert sorted(path.name for path in directory.iterdir()) == ["1", "damaged-2"]
 
 
 @pytest.mark.slow
