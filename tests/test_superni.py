@@ -365,23 +365,6 @@ def test_score_takes_a_missing_prediction_as_the_empty_string() -> None:
     assert superni.score(tasks, {})["all"] == {"instances": 2, "exact_match": 50, "rougeL": 0}
 
 
-def test_compare_counts_tasks() -> None:
-    """Two of three won would be 66.6667; here one is won, one tied and one lost."""
-    tasks = [make_task(name, "X", "word") for name in "abc"]
-    base = superni.score(tasks, {"a-0": "", "b-0": "word", "c-0": "word"})
-    tuned = superni.score(tasks, {"a-0": "a word", "b-0": "word", "c-0": ""})
-    expected = {"won": 1, "tied": 1, "lost": 1, "share_improved": 33.3333}
-    assert superni.compare(base, tuned) == expected
-
-
-def test_compare_rejects_different_tasks() -> None:
-    """Arms are paired by task."""
-    base, tuned = (superni.score([make_task(name, "X", "word")], {}) for name in "ab")
-    message = "only one arm has scores for a, b, expected the same tasks in both"
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        superni.compare(base, tuned)
-
-
 def test_shipped_evaluation_tasks_load() -> None:
     """Twelve tasks, one for each category of the official test split."""
     tasks = superni.load_tasks(seeds.EVALUATION_DIR)
