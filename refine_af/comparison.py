@@ -89,7 +89,7 @@ def runs_of(content: Mapping[str, Any], where: str) -> dict[str, Run]:
         found = {arm: _run(arm, content, where) for arm in order}
     except (AttributeError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{where}: not as evaluate writes it ({reason})") from None
+        raise ValueError(f"{where}: not as the stage writes it ({reason})") from None
     return found
 
 
@@ -99,6 +99,8 @@ def _run(arm: str, content: Mapping[str, Any], where: str) -> Run:
         for row in scores[part].values():
             _check_row(row)
     _check_row(scores["all"])
+    if not scores["tasks"]:
+        raise LookupError("no tasks")
     for row in scores["tasks"].values():
         scores["categories"][row["category"]]
     instances = content.get("instances", {}).get(arm, {})
@@ -209,7 +211,7 @@ def _pair(first: Run, second: Run, seed: int) -> dict[str, Any]:
                 **_gain(
                     first.scores["categories"][category], second.scores["categories"][category]
                 ),
-                "gain_interval": interval([x for name in names for x in single[name]], seed),
+                "gain_interval": interval(_pooled([single[name] for name in names]), seed),
             }
             for category, names in sorted(members.items())
         },
@@ -222,6 +224,11 @@ def _pair(first: Run, second: Run, seed: int) -> dict[str, Any]:
             for name, gain in gains.items()
         },
     }
+
+
+def _pooled(gains: Sequence[Sequence[float]]) -> list[float]:
+    """All together; none where those of a task are not known, since a part would mislead."""
+    return [gain for task in gains for gain in task] if all(gains) else []
 
 
 def _only(names: Sequence[str], scores: TaskScores) -> dict[str, float]:
