@@ -15,7 +15,7 @@ Every interval draws from the same seed anew.
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,28 +255,29 @@ def _check_runs(runs: Sequence[Run]) -> None:
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise ValueError(f"runs to compare: {names}, expected a different NAME= for each")
-    reference = runs[0]
     for run in runs[1:]:
-        _same(lambda r: r.scores["tasks"].keys(), reference, run, "task")
-        _same(lambda r: r.scores["categories"].keys(), reference, run, "category")
-        for task, row in reference.scores["tasks"].items():
-            other = run.scores["tasks"][task]
-            if (row["instances"], row["category"]) != (other["instances"], other["category"]):
-                raise ValueError(
-                    f"{task}: {row['instances']} instances of {row['category']!r} in "
-                    f"{reference.where}, {other['instances']} of {other['category']!r} in "
-                    f"{run.where}; expected the same in both"
-                )
-        for task in reference.instances.keys() & run.instances.keys():
-            _same(lambda r, task=task: r.instances[task].keys(), reference, run, "instance")
+        _check_pair(runs[0], run)
 
 
-def _same(part: Callable[[Run], Any], first: Run, second: Run, what: str) -> None:
-    odd = part(first) ^ part(second)
+def _check_pair(first: Run, second: Run) -> None:
+    where = f"{first.where} and {second.where}"
+    for part, what in (("tasks", "task"), ("categories", "category")):
+        _same(first.scores[part], second.scores[part], what, where)
+    for task in first.scores["tasks"]:
+        rows = [run.scores["tasks"][task] for run in (first, second)]
+        sizes = [f"{row['instances']} of {row['category']!r}" for row in rows]
+        if sizes[0] != sizes[1]:
+            found = " and ".join(sizes)
+            raise ValueError(f"{where}: {task} has {found} instances, expected the same in both")
+    for task in first.instances.keys() & second.instances.keys():
+        _same(first.instances[task], second.instances[task], "instance", where)
+
+
+def _same(first: Mapping[str, Any], second: Mapping[str, Any], what: str, where: str) -> None:
+    odd = first.keys() ^ second.keys()
     if odd:
         raise ValueError(
-            f"{first.where} and {second.where}: only one has scores of the {what} {min(odd)!r}, "
-            "expected the same in both"
+            f"{where}: only one has scores of the {what} {min(odd)!r}, expected the same in both"
         )
 
 
