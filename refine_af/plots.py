@@ -308,6 +308,10 @@ def instruction_lengths(figure: Figure, lengths: Sequence[int]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
 def _bar_rows(
     figure: Figure, labels: Sequence[str], place: tuple[int, int, int] = (1, 1, 1)
 ) -> Axes:
@@ -315,8 +319,7 @@ def _bar_rows(
     width = figure.get_size_inches()[0]
     figure.set_size_inches(width, (_ROW_HEIGHT * len(labels) + 60) / 72)
     axes = figure.add_subplot(*place)
-    short = [s if len(s) <= _MAX_LABEL else s[: _MAX_LABEL - 1] + "…" for s in labels]
-    axes.set_yticks(range(len(short)), short)
+    axes.set_yticks(range(len(labels)), [_short(label, _MAX_LABEL) for label in labels])
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x")
@@ -450,6 +453,8 @@ def gains(figure: Figure, panels: Mapping[str, Mapping[str, tuple[float, Any]]])
         return
     first = next(iter(panels.values()))
     tasks = sorted(first, key=lambda task: (-first[task][0], task))
+    rows = [(gain, *(ends or ())) for found in panels.values() for gain, ends in found.values()]
+    furthest = 1.05 * max(abs(value) for row in rows for value in row) or 1.0
     for i, (title, found) in enumerate(panels.items()):
         axes = _bar_rows(figure, tasks, (1, len(panels), i + 1))
         axes.tick_params(labelleft=not i)
@@ -458,5 +463,6 @@ def gains(figure: Figure, panels: Mapping[str, Mapping[str, tuple[float, Any]]])
             gain, ends = found[task]
             axes.hlines(row, *(ends or (gain, gain)), color=BLUE, alpha=0.5, linewidth=3)
             axes.plot(gain, row, "o", color=BLUE, markersize=7)
-        axes.set_title(title)
+        axes.set_title(_short(title, 110 // len(panels)))
+        axes.set_xlim(-furthest, furthest)
         axes.set_xlabel("gain in ROUGE-L")
