@@ -107,18 +107,20 @@ def _run(arm: str, content: Mapping[str, Any], where: str) -> Run:
     for task, row in instances.items():
         scores["tasks"][task]
         for value in row.values():
-            _check_number(value)
+            _check_score(value)
     return Run(ARMS.get(arm, arm), where, scores, instances)
 
 
 def _check_row(row: Mapping[str, Any]) -> None:
-    for key in ("instances", "exact_match", "rougeL"):
-        _check_number(row[key])
+    if type(row["instances"]) is not int or row["instances"] < 1:
+        raise TypeError(f"{row['instances']!r} is no number of instances")
+    for key in ("exact_match", "rougeL"):
+        _check_score(row[key])
 
 
-def _check_number(value: Any) -> None:
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise TypeError(f"{value!r} is no score")
+def _check_score(value: Any) -> None:
+    if type(value) not in (int, float) or not 0 <= value <= 100:
+        raise TypeError(f"{value!r} is no score from 0 to 100")
 
 
 def by_task(scores: Scores) -> dict[str, float]:

@@ -110,8 +110,9 @@ def load_tasks(
 
     Args:
         directory: holds one `<task name>.json` per task.
-        split_file: a text file with one task name a line. Only these tasks are read; those without
-            a file are left out with a warning, so that a part of a split can be evaluated.
+        split_file: a text file with one task name a line, with or without `.json`. Only these
+            tasks are read; those without a file are left out with a warning, so that a part of a
+            split can be evaluated.
         max_instances: per task, at least 1.
         track: of config.TRACKS; how the tasks are scored, which their files do not say.
 
@@ -259,11 +260,12 @@ def _select(paths: Mapping[str, Path], split_file: Path) -> dict[str, Path]:
     if not split_file.is_file():
         raise ValueError(f"{split_file}: no such file, expected one task name a line")
     try:
-        names = set(split_file.read_text(encoding="utf-8").split())
+        lines = split_file.read_text(encoding="utf-8-sig").split()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{split_file}: not UTF-8 ({error.reason} at byte {error.start})"
         ) from None
+    names = {line.removesuffix(".json") for line in lines}
     found = {name: path for name, path in paths.items() if name in names}
     missing = sorted(names - found.keys())
     if not found:

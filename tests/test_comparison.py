@@ -211,6 +211,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         {"arms": {"a": arm_of(BEFORE, CATEGORIES) | {"categories": {}}}},
         {"arms": {"a": arm_of(BEFORE, CATEGORIES) | {"tasks": {}}}},
         {"arms": {"a": arm_of(BEFORE, CATEGORIES) | {"all": mean([float("nan")])}}},
+        {"arms": {"a": arm_of({**BEFORE, "sums": [1e308]}, CATEGORIES)}},
         {"arms": {"a": arm_of(BEFORE, CATEGORIES)}, "instances": {"a": {"sums": {"x": "1"}}}},
         {"arms": {"a": arm_of(BEFORE, CATEGORIES)}, "instances": {"a": {"other": {}}}},
         {"arms": {"a": arm_of(BEFORE, CATEGORIES)}, "instances": [1]},

@@ -198,7 +198,7 @@ def test_load_tasks_reads_the_part_of_a_split_that_is_there(
     write_task(tmp_path, "task1")
     (tmp_path / "task2.json").write_text("never read")
     split = tmp_path / "split.txt"
-    split.write_text("task3\n\ntask1\ntask0\n")
+    split.write_bytes(b"\xef\xbb\xbftask3\r\n\r\ntask1.json\r\ntask0\r\n")
     assert [task.name for task in superni.load_tasks(tmp_path, split)] == ["task1"]
     assert warnings == [f"{split}: 2 of 3 tasks have no file and are left out, the first is task0"]
 
