@@ -115,6 +115,15 @@ def test_pair_by_hand() -> None:
     assert (verse["lost"], verse["gain"], verse["gain_interval"]) == (1, -20.0, (-40.0, 0.0))
 
 
+def test_every_interval_has_the_seed_and_its_own_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "interval", lambda values, seed: (seed, list(values)))
+    (pair,) = comparison.compare([run("old", BEFORE), run("new", AFTER)], seed=3)["pairs"]
+    assert pair["share_improved_interval"] == (3, [0.0, 0.0, 100.0])  # products, rhymes, sums
+    assert pair["gain_interval"] == (3, [0.0, -20.0, 10.0])
+    assert pair["categories"]["Maths"]["gain_interval"] == (3, [0.0, 0.0, 10.0, 10.0, 10.0])
+    assert pair["tasks"]["rhymes"]["gain_interval"] == (3, [-40.0, 0.0])
+
+
 def test_gains_are_paired() -> None:
     """Instances differ by 80 and more from each other, and by 1 between the runs."""
     first, second = [0.0, 90.0, 5.0], [1.0, 91.0, 6.0]
