@@ -16,6 +16,7 @@ import warnings
 from typing import Any
 
 DTYPES = ("float32", "bfloat16")
+TRACKS = ("default", "xlingual")  # of Super-NaturalInstructions: English, cross-lingual
 PROMPT_FORMATS = ("raw", "chat")  # as it is; as the user's turn of a chat
 SFT_FORMATS = ("alpaca", "chat")
 # What the backward pass computes again of a layer: nothing, all but linear maps, all.
@@ -398,6 +399,7 @@ class Evaluation:
 
     tasks: str = ""  # directory of task files; empty: the bundled ones
     split: str = ""  # file with a task name a line; empty: all tasks in the directory
+    track: str = "default"  # one of TRACKS: what counts as a word in ROUGE-L
     num_examples: int  # demonstrations in the prompt
     max_instances: int = 100  # of each task
     max_source_tokens: int = 1024
@@ -408,6 +410,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("evaluation.format", self.format, PROMPT_FORMATS)
+        require_one_of("evaluation.track", self.track, TRACKS)
         require_at_least(0, self, "evaluation.", "num_examples")
         counts = ("max_instances", "max_source_tokens", "batch_size", "max_new_tokens")
         require_at_least(1, self, "evaluation.", *counts)

@@ -308,13 +308,18 @@ def instruction_lengths(figure: Figure, lengths: Sequence[int]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _bar_rows(figure: Figure, labels: Sequence[str]) -> Axes:
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _bar_rows(
+    figure: Figure, labels: Sequence[str], place: tuple[int, int, int] = (1, 1, 1)
+) -> Axes:
     """Axes with one labelled row for each horizontal bar, first at the top; sets the height."""
     width = figure.get_size_inches()[0]
     figure.set_size_inches(width, (_ROW_HEIGHT * len(labels) + 60) / 72)
-    axes = figure.add_subplot()
-    short = [s if len(s) <= _MAX_LABEL else s[: _MAX_LABEL - 1] + "…" for s in labels]
-    axes.set_yticks(range(len(short)), short)
+    axes = figure.add_subplot(*place)
+    axes.set_yticks(range(len(labels)), [_short(label, _MAX_LABEL) for label in labels])
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x")
@@ -434,3 +439,30 @@ def timings(figure: Figure, seconds: Mapping[str, float]) -> None:
     axes.bar_label(bars, fmt="%.1f", padding=5)
     axes.margins(x=0.08)
     axes.set_xlabel(unit)
+
+
+@_inline_svg(_FULL_WIDTH, 300)
+def gains(figure: Figure, panels: Mapping[str, Mapping[str, tuple[float, Any]]]) -> None:
+    """Gain in ROUGE-L of every task with its interval, largest gain of the first panel at the top.
+
+    Args:
+        panels: by its title, for each task the gain and the ends of its interval or None. All have
+            the same tasks.
+    """
+    if not panels or not all(panels.values()):
+        return
+    first = next(iter(panels.values()))
+    tasks = sorted(first, key=lambda task: (-first[task][0], task))
+    rows = [(gain, *(ends or ())) for found in panels.values() for gain, ends in found.values()]
+    furthest = 1.05 * max(abs(value) for row in rows for value in row) or 1.0
+    for i, (title, found) in enumerate(panels.items()):
+        axes = _bar_rows(figure, tasks, (1, len(panels), i + 1))
+        axes.tick_params(labelleft=not i)
+        axes.axvline(0, color=_INK, alpha=0.5, linewidth=1)
+        for row, task in enumerate(tasks):
+            gain, ends = found[task]
+            axes.hlines(row, *(ends or (gain, gain)), color=BLUE, alpha=0.5, linewidth=3)
+            axes.plot(gain, row, "o", color=BLUE, markersize=7)
+        axes.set_title(_short(title, 110 // len(panels)))
+        axes.set_xlim(-furthest, furthest)
+        axes.set_xlabel("gain in ROUGE-L")

@@ -73,6 +73,7 @@ OTHERS = {
     "sft.warmup_share": 0.5,
     "sft.eval_share": 0.5,
     "evaluation.format": "chat",
+    "evaluation.track": "xlingual",
 }
 
 

@@ -27,6 +27,8 @@ from test_report import Page, write_stage_files
 
 from refine_af import (
     base_model,
+    comparison,
+    comparison_report,
     diversity,
     instructions,
     plots,
@@ -103,6 +105,31 @@ def test_tasks_and_splits(content: bytes, split: bytes) -> None:
     ):
         if tasks:
             json.dumps(superni.score(tasks, {"a-1": "3"}), ensure_ascii=False).encode()
+
+
+def _evaluation(score: float) -> dict[str, Any]:
+    row = {"instances": 2, "exact_match": 0.0, "rougeL": score}
+    task = {"category": "Maths", **row}
+    scores = {"tasks": {"a": task, "b": task}, "categories": {"Maths": row}, "all": row}
+    singles = {task: {f"{task}-{i}": score for i in range(2)} for task in "ab"}
+    return {"arms": {"base": scores}, "instances": {"base": singles}}
+
+
+@fuzz(0.5)
+@given(json_files(_evaluation(5.0)))
+def test_evaluations_to_compare(content: bytes) -> None:
+    path = written("damaged/evaluation.json", content)
+    written("sound/evaluation.json", json.dumps(_evaluation(7.0)).encode())
+    sound, damaged = f"b={FOLDER}/sound", f"a={FOLDER}/damaged"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "NUM_RESAMPLES", 9)
+        found = read(
+            lambda: comparison.compare([comparison.open_run(text) for text in (damaged, sound)]),
+            path,
+        )
+    if found:
+        comparison.to_json(found).encode()
+        comparison_report.to_markdown(found).encode()
 
 
 PROMPT = {"prompt": "ab", "temperature": 0.5, "stop": ["x"], "stop_token_ids": [5], "seed": 1}

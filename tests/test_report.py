@@ -28,6 +28,7 @@ FIGURES = [
     "Reward of each held-out instruction",
     "Loss",
     "ROUGE-L on every task",
+    "Gain in ROUGE-L on every task",
     "Wall-clock time of the stages",
 ]
 PPO_KEYS = [
@@ -281,7 +282,7 @@ def test_empty_workdir_names_every_stage_as_not_run(tmp_path: Path) -> None:
         ("instances.jsonl", 0),
         ("rejected_instances.jsonl", 0),
         ("sft/metrics.jsonl", 1),
-        ("evaluation.json", 1),
+        ("evaluation.json", 2),
         ("predictions.jsonl", 0),
         ("timings.json", 1),
         ("config.json", 0),
