@@ -307,16 +307,13 @@ class RlafStage:
     ) -> tuple[dict[str, float], list[Row]]:
         """(figures named `eval/...`, rows) of an answer to each held-out instruction."""
         completions = self._sample(state.params, list(requests), self.held_out)
-        examples, judgements = self._judge(self.held_out, completions, self._absolute)
+        examples, judgements = self._judge(
+            self.held_out, completions, rewards.absolute(self.config.reward)
+        )
         figures = rollout_metrics.of(completions, judgements)
         return {f"eval/{name}": value for name, value in figures.items()}, _answer_rows(
             step, self.held_out, completions, examples, judgements
         )
-
-    @property
-    def _absolute(self) -> Reward:
-        """The reward for comparing batches: normalised over its own answers, each has one mean."""
-        return dataclasses.replace(self.config.reward, normalise="none")
 
     def _judge(
         self, instructions: Sequence[str], completions: Sequence[Completion], options: Reward
@@ -355,7 +352,9 @@ class RlafStage:
         def answer(arm: str) -> ppo_evaluation.Arm:
             params = state.params if arm == "after" else new_state(self.config, self.base).params
             completions = self._sample(params, requests, instructions, progress)
-            _, judgements = self._judge(instructions, completions, self._absolute)
+            _, judgements = self._judge(
+                instructions, completions, rewards.absolute(self.config.reward)
+            )
             if arm == "before":
                 return completions, judgements, np.zeros(len(requests))
             return completions, judgements, self._kl(state, requests, completions, layout)

@@ -133,7 +133,11 @@ def test_answers_to_one_instruction_are_sifted(
 ) -> None:
     """At most three are kept; a conflict past the limit counts as well."""
     pairs, faults = select(completions(*answers), limit=3, accept_unmarked=False)
-    assert pairs == kept
+    assert [(pair.input, pair.output) for pair in pairs] == kept
+    texts = [
+        parse_instance(completions(*answers)[p.answer].text, accept_unmarked=False) for p in pairs
+    ]
+    assert texts == kept
     assert [reason for _, reason in faults] == reasons
     assert len(pairs) + len(faults) == len(answers)
     assert {text for text, _ in faults} <= {c.text for c in completions(*answers)}
@@ -141,7 +145,7 @@ def test_answers_to_one_instruction_are_sifted(
 
 def test_unmarked_text_is_an_output_when_the_config_says_so() -> None:
     pairs, faults = select(completions("la la", "la la"), limit=3, accept_unmarked=True)
-    assert (pairs, faults) == ([("", "la la")], [("la la", "duplicate")])
+    assert (pairs, faults) == ([("", "la la", 0)], [("la la", "duplicate")])
 
 
 # Batches, with an engine that needs no model
