@@ -1,8 +1,8 @@
 """Benchmark of the novelty filter and of a data set's statistics against `rouge-score`.
 
-The instructions are made of the seed tasks' words: the beginning of one task and the end of the same
-or of another, with some words of others in between. So they have the seeds' lengths, and all degrees
-of likeness occur.
+The instructions are made of the seed tasks' words: the beginning of one task and the end of the
+same or of another, with some words of others in between. So they have the seeds' lengths, and all
+degrees of likeness occur.
 """
 
 import dataclasses

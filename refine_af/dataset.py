@@ -1,15 +1,15 @@
 """The data set that an arm of a run leaves behind, in the folder `dataset/`.
 
-    train.parquet    a row for each triplet, with where it came from
-    train.jsonl      the same rows
-    alpaca.jsonl     instruction, input, output
-    chat.jsonl       messages: a turn of the user's and one of the assistant's
+    train            a row for each triplet, with where it came from
+    alpaca           instruction, input, output
+    chat             messages: a turn of the user's and one of the assistant's
     statistics.json  counts, lengths, vocabulary, verbs, overlap with the seeds, rewards
     plots/           figures of them
     README.md        the card; it is written last
 
+The first three are there as `.parquet` and as `.jsonl`, with the same rows.
 `datasets.load_dataset(FOLDER)` gives the first, `load_dataset(FOLDER, "alpaca")` and `"chat"` the
-two forms that other trainers take.
+two forms that other trainers take. (All that it reads by the card has to be of one file format.)
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from refine_af.rewards import WHOLE, Example
 from refine_af.seeds import SeedTask
 
 FOLDER = "dataset"
-TABLE, LINES, ALPACA, CHAT = "train.parquet", "train.jsonl", "alpaca.jsonl", "chat.jsonl"
+ROWS, ALPACA, CHAT = "train", "alpaca", "chat"
 STATISTICS, CARD = "statistics.json", "README.md"
 LEFT_OUT = "rejected_rows.jsonl"  # beside the folder: rows that its own filters dropped
 
@@ -56,6 +56,8 @@ _COLUMNS = {
     "most_similar": _TEXT,
     REWARD: _NUMBER,
 }
+_ALPACA_COLUMNS = {name: _TEXT for name in ("instruction", "input", "output")}
+_CHAT_COLUMNS = {"messages": List({"role": _TEXT, "content": _TEXT})}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +85,7 @@ def read(target: Path) -> list[Row]:
     """
     if not finished(target):
         raise ValueError(f"{target / FOLDER}: not finished; run generate_instances first")
-    return records.read_rows(target / FOLDER / LINES, ("instruction", "input", "output"))
+    return records.read_rows(target / FOLDER / f"{ROWS}.jsonl", ("instruction", "input", "output"))
 
 
 def write_dataset(made_of: Material, target: Path) -> None:
@@ -100,17 +102,18 @@ def write_dataset(made_of: Material, target: Path) -> None:
         )
     rows, left_out = sift(rows_of(made_of), options)
     reasons = Counter(row["reason"] for row in left_out)
-    records.write_text(target / LEFT_OUT, _lines(left_out))
+    if left_out:
+        records.write_text(target / LEFT_OUT, _lines(left_out))
     if not rows:
         raise ValueError(
             f"dataset: its filters left no row of {len(left_out)} ({dict(reasons)}); see "
             f"{target / LEFT_OUT}, and change dataset.filter_at or dataset.max_similarity"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write_table(rows, folder / TABLE)
-    records.write_text(folder / LINES, _lines(rows))
-    records.write_text(folder / ALPACA, _lines(list(map(alpaca, rows))))
-    records.write_text(folder / CHAT, _lines(list(map(chat, rows))))
+    components = {name: _NUMBER for name in rows[0] if name not in _COLUMNS}
+    _write_rows(rows, _COLUMNS | components, folder / ROWS)
+    _write_rows(list(map(alpaca, rows)), _ALPACA_COLUMNS, folder / ALPACA)
+    _write_rows(list(map(chat, rows)), _CHAT_COLUMNS, folder / CHAT)
     statistics = dataset_statistics.of_rows(rows, [seed.instruction for seed in made_of.seeds])
     dropped = {**made_of.rejected, "data set": reasons}
     content = {"arm": made_of.arm, **statistics, "dropped": dropped}
@@ -175,7 +178,7 @@ def sift(rows: Sequence[Row], options: DataSet) -> tuple[list[Row], list[Row]]:
 
 def alpaca(row: Row) -> Row:
     """A row in the form of Stanford Alpaca."""
-    return {name: row[name] for name in ("instruction", "input", "output")}
+    return {name: row[name] for name in _ALPACA_COLUMNS}
 
 
 def chat(row: Row) -> Row:
@@ -189,10 +192,11 @@ def _lines(rows: Sequence[Row]) -> str:
     return "".join(map(records.to_line, rows))
 
 
-def _write_table(rows: Sequence[Row], path: Path) -> None:
-    components = {name: _NUMBER for name in rows[0] if name not in _COLUMNS}
-    table = Dataset.from_list(list(rows), Features(_COLUMNS | components))
-    partial = path.with_name(f"{path.name}.partial")
+def _write_rows(rows: Sequence[Row], columns: Mapping[str, Any], stem: Path) -> None:
+    """As JSONL, and as parquet with these columns."""
+    records.write_text(stem.with_suffix(".jsonl"), _lines(rows))
+    path, partial = stem.with_suffix(".parquet"), stem.with_suffix(".parquet.partial")
+    table = Dataset.from_list(list(rows), Features(columns))
     with writing(path):
         table.to_parquet(str(partial))
     partial.replace(path)

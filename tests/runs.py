@@ -36,6 +36,14 @@ WHOLE = (
     "instances.jsonl",
     "rejected_instances.jsonl",
     "dataset/README.md",
+    "dataset/train.jsonl",
+    "dataset/alpaca.jsonl",
+    "dataset/chat.jsonl",
+    "dataset/statistics.json",
+    "dataset/plots/verbs.png",
+    "dataset/plots/seed_overlap.png",
+    "dataset/plots/lengths.png",
+    "dataset/plots/quality.png",
     "sft/adapter/adapter_config.json",
     "sft/adapter/adapter_model.safetensors",
     "sft/hf/config.json",
@@ -49,6 +57,7 @@ WHOLE = (
 METRICS = ("ppo/metrics.jsonl", "sft/metrics.jsonl")  # rows with times
 TIMES = ("time/", "memory/")
 DATASET = "dataset/train.parquet"
+_FORMS = ("dataset/alpaca.parquet", "dataset/chat.parquet")  # of what alpaca.jsonl, chat.jsonl hold
 SCORES = "ppo/scores.sqlite"
 EVENTS = "ppo/events.out.tfevents"
 REPORT = ("report.html", "timings.json")  # with times
@@ -181,6 +190,20 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
             found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
             data = data[12 + length + 4 :]
     return {key: x for key, x in found.items() if not key[0].startswith(TIMES)}
+
+
+def arm_outputs(folder: Path) -> dict[str, Any]:
+    """As `outputs`, of the folder of an arm that has one for itself."""
+    names = [
+        name
+        for name in WHOLE
+        if name.startswith(("dataset/", "sft/", "instances", "rejected_inst"))
+    ]
+    names.remove("rejected_instructions.jsonl")
+    found: dict[str, Any] = {name: (folder / name).read_bytes() for name in names}
+    found |= {"sft/metrics.jsonl": rows_without_times(folder / "sft/metrics.jsonl")}
+    found |= {"sft/checkpoints": newest_state(folder, "sft")}
+    return found | {DATASET: pyarrow.parquet.read_table(folder / DATASET).to_pylist()}
 
 
 def outputs(workdir: Path) -> dict[str, Any]:

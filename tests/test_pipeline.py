@@ -73,14 +73,27 @@ def test_the_data_set_loads(undisturbed: Done, tmp_path: Path) -> None:
     """By its parquet file, and by its folder, whose card names the file."""
     folder = undisturbed.workdir / "dataset"
     kept = records.read_rows(undisturbed.workdir / "instances.jsonl")
+    written = {
+        row["id"]: row for row in records.read_rows(undisturbed.workdir / "instructions.jsonl")
+    }
     for where in (
         {"path": "parquet", "data_files": str(folder / "train.parquet")},
+        {"path": "json", "data_files": str(folder / "train.jsonl")},
         {"path": str(folder)},
     ):
         table = datasets.load_dataset(**where, cache_dir=str(tmp_path))["train"]
-        names = ["id", "instruction", "input", "output", "is_classification"]
-        assert table.column_names == names
-        assert table.to_list() == [{name: row[name] for name in names} for row in kept]
+        assert len(table) == len(kept)
+        for row, instance in zip(table.to_list(), kept, strict=True):
+            for name in ("id", "instruction", "input", "output", "prompt", "demo_ids", "reward"):
+                assert row[name] == instance[name]
+            assert instance["components"] == {
+                name: row[f"reward_{name}"] for name in ("rew", "nat", "und", "coh")
+            }
+            made = written[row["id"]]
+            assert row["seed_ids"] + row["generated_ids"]
+            assert {*row["seed_ids"], *row["generated_ids"]} == {*made["prompt_ids"]}
+            assert row["max_similarity"] == made["most_similar"][row["most_similar"]]
+            assert (row["model"], row["arm"]) == ("random:tiny", "refine_af")
 
 
 def test_the_tuned_model_loads_in_transformers(undisturbed: Done) -> None:
