@@ -112,6 +112,7 @@ def _lines(path: Path) -> Iterator[Row]:
 def _list(path: Path) -> Iterator[Any]:
     try:
         rows = json.loads(_text(path))
+        json.dumps(rows, ensure_ascii=False).encode()  # refuses halves of characters, "\\ud800"
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(rows, list):
@@ -125,8 +126,9 @@ def _table(path: Path) -> Iterator[Row]:
         columns = [name for name in _FIELDS if name in file.schema_arrow.names]
         for batch in file.iter_batches(columns=columns):
             yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a parquet file that can be read ({error})") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: not a parquet file that can be read ({reason})") from None
 
 
 _READERS = {".jsonl": _lines, ".json": _list, ".parquet": _table}

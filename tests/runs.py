@@ -57,7 +57,7 @@ WHOLE = (
 METRICS = ("ppo/metrics.jsonl", "sft/metrics.jsonl")  # rows with times
 TIMES = ("time/", "memory/")
 DATASET = "dataset/train.parquet"
-_FORMS = ("dataset/alpaca.parquet", "dataset/chat.parquet")  # of what alpaca.jsonl, chat.jsonl hold
+TABLES = (DATASET, "dataset/alpaca.parquet", "dataset/chat.parquet")
 SCORES = "ppo/scores.sqlite"
 EVENTS = "ppo/events.out.tfevents"
 REPORT = ("report.html", "timings.json")  # with times
@@ -192,18 +192,18 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
     return {key: x for key, x in found.items() if not key[0].startswith(TIMES)}
 
 
+def rows_of_table(path: Path) -> list[records.Row]:
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
 def arm_outputs(folder: Path) -> dict[str, Any]:
     """As `outputs`, of the folder of an arm that has one for itself."""
-    names = [
-        name
-        for name in WHOLE
-        if name.startswith(("dataset/", "sft/", "instances", "rejected_inst"))
-    ]
-    names.remove("rejected_instructions.jsonl")
+    mine = ("dataset/", "sft/", "instances.jsonl", "rejected_instances.jsonl")
+    names = [name for name in WHOLE if name.startswith(mine)]
     found: dict[str, Any] = {name: (folder / name).read_bytes() for name in names}
     found |= {"sft/metrics.jsonl": rows_without_times(folder / "sft/metrics.jsonl")}
     found |= {"sft/checkpoints": newest_state(folder, "sft")}
-    return found | {DATASET: pyarrow.parquet.read_table(folder / DATASET).to_pylist()}
+    return found | {name: rows_of_table(folder / name) for name in TABLES}
 
 
 def outputs(workdir: Path) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def outputs(workdir: Path) -> dict[str, Any]:
     found |= {name: rows_without_times(workdir / name) for name in METRICS}
     found |= {f"{name}/checkpoints": newest_state(workdir, name) for name in ("ppo", "sft")}
     found |= {SCORES: scores(workdir / SCORES), EVENTS: scalars(workdir / "ppo")}
-    return found | {DATASET: pyarrow.parquet.read_table(workdir / DATASET).to_pylist()}
+    return found | {name: rows_of_table(workdir / name) for name in TABLES}
 
 
 def differences(left: Path, right: Path) -> list[str]:

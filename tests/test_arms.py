@@ -38,7 +38,8 @@ def test_an_unknown_arm_is_refused(
 
 
 def test_an_arm_without_its_data_set_is_not_tuned(program: Program, tmp_path: Path) -> None:
-    result = program("finetune", "--config=tiny", f"--workdir={tmp_path}", "--arms=self_instruct")
+    given = ["--config=tiny", f"--workdir={tmp_path}", "--config.sft.batch_size=16"]
+    result = program("finetune", *given, "--arms=self_instruct")
     folder = tmp_path / "self_instruct/dataset"
     assert result == refused(f"{folder}: not finished; run generate_instances first")
 

@@ -13,7 +13,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from runs import DATASET, METRICS, PREDICTIONS, REPORT, WHOLE, Done, Programs, differences, outputs
+from runs import (
+    DATASET,
+    METRICS,
+    PREDICTIONS,
+    REPORT,
+    TABLES,
+    WHOLE,
+    Done,
+    Programs,
+    differences,
+    outputs,
+)
 from safetensors.numpy import load_file
 
 from refine_af import records
@@ -36,8 +47,8 @@ def test_a_run_leaves_every_file(undisturbed: Done) -> None:
     assert ended.out == f"report: {workdir / 'report.html'}\n"
     assert "Traceback" not in ended.err
     names = {str(p.relative_to(workdir)) for p in workdir.rglob("*") if p.is_file()}
-    assert {*WHOLE, *METRICS, DATASET, *REPORT} <= names
-    others = names - {*WHOLE, *METRICS, DATASET, *REPORT}
+    assert {*WHOLE, *METRICS, *TABLES, *REPORT} <= names
+    others = names - {*WHOLE, *METRICS, *TABLES, *REPORT}
     folders = {"/".join(name.split("/")[:2]) for name in others}
     events = {name for name in folders if name.startswith("ppo/events.out.tfevents.")}
     folders -= {*events, "ppo/scores.sqlite"}
