@@ -124,7 +124,7 @@ def with_statistics(count: int, repeats: int) -> tuple[Measured, int]:
             neighbours = pool.compare(text)
             if pool.is_novel(text, neighbours, _MAX_SIMILARITY):
                 pool.add(text)
-                row = {"id": text, "instruction": text, "input": text, "output": text}
+                row: records.Row = {"id": text, "instruction": text, "input": text, "output": text}
                 row |= {"is_classification": False, "reward": neighbours.average}
                 accepted.append(row)
             if len(accepted) == count:
