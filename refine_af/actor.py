@@ -92,7 +92,7 @@ class Actor:
         """
         options: Reward = self.config.reward
         if absolute:
-            options = dataclasses.replace(options, normalise="none")
+            options = rewards.absolute(options)
         pairs = zip(batch.instructions, completions, strict=True)
         examples = [self._parse(*pair) for pair in pairs]
         ended = [c.finish_reason == "stop" for c in completions]

@@ -2,11 +2,12 @@
 
 ROUGE-L F of two token lists equals the normalised InDel similarity `2 LCS / (n + m)`, which
 `rapidfuzz` computes bit-parallel. The last bits differ, though, so a decision within 1e-9 of the
-threshold is taken with `rouge-score`'s own formula.
+threshold is taken with `rouge-score`'s own formula. A text is kept as a string with one character
+for each word, which `rapidfuzz` reads in place, where it would copy a list for each comparison.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 from rapidfuzz import process
@@ -15,9 +16,11 @@ from rouge_score.tokenizers import DefaultTokenizer
 
 _TOKENIZER = DefaultTokenizer(use_stemmer=False)
 _MARGIN = 1e-9
+_NUM_NEIGHBOURS = 10
+_SURROGATES, _NUM_SURROGATES = 0xD800, 0x800  # code points that no string should hold
 
 
-def rouge_l(first: Sequence[int], second: Sequence[int]) -> float:
+def rouge_l(first: Sequence[Hashable], second: Sequence[Hashable]) -> float:
     """ROUGE-L F in [0, 1] exactly as `rouge-score` rounds it: 2pr/(p+r) in double precision."""
     lcs = LCSseq.similarity(first, second)
     if lcs == 0:
@@ -40,16 +43,19 @@ class NoveltyPool:
 
     def __init__(self, texts: Sequence[str]) -> None:
         """Start with `texts` (seed instructions, say)."""
-        self._ids: dict[str, int] = {}
+        self._ids: dict[str, str] = {}
         self._texts: list[str] = []
-        self._tokens: list[list[int]] = []
+        self._words: list[str] = []  # of each text, a character for each of its words
         for text in texts:
             self.add(text)
+
+    def __len__(self) -> int:
+        return len(self._texts)
 
     def add(self, text: str) -> None:
         """Put a text into the pool."""
         self._texts.append(text)
-        self._tokens.append(self._encode(text))
+        self._words.append(self._encode(text))
 
     def compare(self, text: str) -> Neighbours:
         """ROUGE-L F of `text` with every text of the pool; the pool is the reference side."""
@@ -57,11 +63,11 @@ class NoveltyPool:
         if not self._texts:
             return Neighbours({}, 0.0, 0.0)
         scores = process.cdist(
-            [query], self._tokens, scorer=Indel.normalized_similarity, dtype=np.float64
+            [query], self._words, scorer=Indel.normalized_similarity, dtype=np.float64
         )[0]
         if not query:
-            scores[:] = 0.0  # InDel calls two empty lists equal, ROUGE does not
-        top = np.argsort(-scores, kind="stable")[:10]
+            scores[:] = 0.0  # InDel calls two empty texts equal, ROUGE does not
+        top = _largest(scores, _NUM_NEIGHBOURS)
         best = {self._texts[i]: round(float(scores[i]), 4) for i in top}
         return Neighbours(best, float(scores.mean()), float(scores[top[0]]))
 
@@ -70,8 +76,25 @@ class NoveltyPool:
         if abs(neighbours.maximum - max_similarity) > _MARGIN:
             return neighbours.maximum < max_similarity
         query = self._encode(text)
-        return all(rouge_l(tokens, query) <= max_similarity for tokens in self._tokens)
+        return all(rouge_l(words, query) <= max_similarity for words in self._words)
 
-    def _encode(self, text: str) -> list[int]:
-        words = _TOKENIZER.tokenize(text)
-        return [self._ids.setdefault(word, len(self._ids)) for word in words]
+    def _encode(self, text: str) -> str:
+        return "".join(map(self._character, _TOKENIZER.tokenize(text)))
+
+    def _character(self, word: str) -> str:
+        known = self._ids.get(word)
+        if known is None:
+            number = len(self._ids)
+            known = chr(number if number < _SURROGATES else number + _NUM_SURROGATES)
+            self._ids[word] = known
+        return known
+
+
+def _largest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Where the `count` largest scores [N] are, largest first, and of equal ones the first."""
+    if len(scores) > count:
+        least = np.partition(scores, -count)[-count]
+        candidates = np.flatnonzero(scores >= least)
+    else:
+        candidates = np.arange(len(scores))
+    return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]

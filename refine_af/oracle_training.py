@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from refine_af import config as config_lib
-from refine_af import oracle_examples, trained_oracle, training
+from refine_af import oracle_examples, trained_oracle, training, validation
 from refine_af.base_model import BaseModel
 from refine_af.mesh import shard_batch
 from refine_af.models import heads
@@ -48,10 +48,10 @@ class OracleOptions:
 
     def __post_init__(self) -> None:
         """Validate."""
-        config_lib.require_at_least(0, self, "", "seed")
-        config_lib.require_at_least(1, self, "", "num_epochs", "batch_size")
-        config_lib.require_at_least(16, self, "", "max_length")
-        config_lib.require_positive(self, "", "learning_rate")
+        validation.require_at_least(0, self, "", "seed")
+        validation.require_at_least(1, self, "", "num_epochs", "batch_size")
+        validation.require_at_least(16, self, "", "max_length")
+        validation.require_positive(self, "", "learning_rate")
 
 
 def bradley_terry(

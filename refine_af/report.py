@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 import jinja2
 from markupsafe import Markup
 
-from refine_af import comparison, comparison_report, diversity, plots
+from refine_af import (
+    arms,
+    comparison,
+    comparison_report,
+    dataset_plots,
+    dataset_statistics,
+    diversity,
+    plots,
+)
 from refine_af.pages import clip, environment
 from refine_af.records import Row, read_json, read_rows, stream_rows, write_text
 
@@ -201,6 +209,23 @@ def _instances(workdir: Path) -> Section | None:
     }
 
 
+def _data_sets(workdir: Path) -> Section | None:
+    """The data set of each arm in numbers, and the figures of the first."""
+    folders = {_ARMS[arm]: arms.folder(workdir, arm) for arm in arms.ARMS}
+    read = {name: read_json(path / "dataset/statistics.json") for name, path in folders.items()}
+    found = {name: statistics for name, statistics in read.items() if statistics}
+    if not found:
+        return None
+    tables = [dataset_statistics.table(statistics) for statistics in found.values()]
+    names = dict.fromkeys(name for table in tables for name in table)
+    figures = dataset_plots.svgs(next(iter(found.values())))
+    return {
+        "arms": list(found),
+        "rows": [(name, [table.get(name) for table in tables]) for name in names],
+        "plots": [(Markup(svg), plot) for plot, svg in figures],
+    }
+
+
 def _finetuning(workdir: Path) -> Section | None:
     rows = read_rows(workdir / "sft" / "metrics.jsonl")
     if not rows:
@@ -250,6 +275,7 @@ _SECTIONS: dict[str, tuple[Callable[[Path], Section | None], str]] = {
     "instructions": (_instructions, "instructions.jsonl, rejected_instructions.jsonl"),
     "ppo": (_ppo, "ppo/metrics.jsonl, ppo/rollouts.jsonl, ppo/evaluation.json"),
     "instances": (_instances, "instances.jsonl, rejected_instances.jsonl"),
+    "data_sets": (_data_sets, "dataset/statistics.json"),
     "finetuning": (_finetuning, "sft/metrics.jsonl"),
     "evaluation": (_evaluation, "evaluation.json, predictions.jsonl"),
     "timings": (_timings, "timings.json"),

@@ -20,7 +20,8 @@ from programs import jsonl
 from safetensors.numpy import save_file
 
 from refine_af import records, seeds, superni, tokens, trained_oracle
-from refine_af.config import Experiment, Lora, from_dict
+from refine_af.config import Experiment, Lora
+from refine_af.config_reading import from_dict
 from refine_af.http_oracle import HttpOracle
 from refine_af.launch import flags
 from refine_af.models import convert, gguf, hf_config, sources, tensor_files

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from absl import flags as absl_flags
 from damage import ODD_VALUES, changed, edited, fuzz, json_files, jsonl_files, read, written_into
@@ -31,6 +32,7 @@ from refine_af import (
     comparison_report,
     diversity,
     instructions,
+    other_sets,
     plots,
     prompts,
     records,
@@ -40,7 +42,8 @@ from refine_af import (
     trained_oracle,
 )
 from refine_af.base_model import BaseModel
-from refine_af.config import Experiment, Mesh, Model, config_hash, from_dict
+from refine_af.config import Experiment, Mesh, Model, config_hash
+from refine_af.config_reading import from_dict
 from refine_af.http_oracle import HttpOracle
 from refine_af.launch import flags
 from refine_af.requests import Completion
@@ -88,6 +91,30 @@ def test_rows(content: bytes) -> None:
         records.to_line(row).encode()
     read(lambda: records.read_json(path), path)
     read(lambda: records.resume([path]), path)
+
+
+CHAT = {
+    "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Sing."}]
+}
+
+
+@functools.cache
+def _whole_table() -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([CHAT, {"instruction": "Add."}]), buffer)
+    return buffer.getvalue()
+
+
+@fuzz()
+@given(
+    st.tuples(st.just("set.jsonl"), jsonl_files(CHAT, {"instruction": "Add."}))
+    | st.tuples(st.just("set.json"), json_files({"rows": [CHAT]}).map(lambda x: x[8:-1]))
+    | st.tuples(st.just("set.parquet"), edited(_whole_table()))
+)
+def test_other_sets(file: tuple[str, bytes]) -> None:
+    path = written(*file)
+    for text in read(lambda: other_sets.requests(path), path) or ():
+        records.to_line({"text": text}).encode()
 
 
 @fuzz(0.5)
