@@ -459,7 +459,7 @@ def timings(figure: Figure, seconds: Mapping[str, float]) -> None:
     axes.set_xlabel(unit)
 
 
-@_inline_svg(_FULL_WIDTH, 300)
+@inline_svg(_FULL_WIDTH, 300)
 def gains(figure: Figure, panels: Mapping[str, Mapping[str, tuple[float, Any]]]) -> None:
     """Gain in ROUGE-L of every task with its interval, largest gain of the first panel at the top.
 
