@@ -8,6 +8,8 @@ from pathlib import Path
 
 REFINE_AF, SELF_INSTRUCT = "refine_af", "self_instruct"
 ARMS = (REFINE_AF, SELF_INSTRUCT)
+# What is evaluated, with its name for people: before training first, the method itself last.
+TITLES = {"base": "base model", SELF_INSTRUCT: "Self-Instruct", REFINE_AF: "REFINE-AF"}
 
 
 def folder(workdir: Path, arm: str) -> Path:

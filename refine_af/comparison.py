@@ -24,13 +24,12 @@ import numpy as np
 from scipy import stats
 
 from refine_af import records
+from refine_af.arms import TITLES
 from refine_af.randomness import generator
 
 CONFIDENCE, NUM_RESAMPLES = 0.95, 9_999
 _SCORES = "evaluation.json"
 _MOST_DRAWN = 4_000_000  # numbers in memory at a time
-# Arms of a workdir: before training first, the method itself last.
-ARMS = {"base": "base model", "self_instruct": "Self-Instruct", "refine_af": "REFINE-AF"}
 
 Interval = tuple[float, float] | None  # None: one value alone, or values that are not known
 Scores = Mapping[str, Any]  # what `superni.score` returns
@@ -51,7 +50,7 @@ def open_run(text: str) -> Run:
     """Read a run from the `evaluation.json` of a directory.
 
     Args:
-        text: `[NAME=]DIR[:ARM]`. Without an arm, the only one or else the last of `ARMS` that is
+        text: `[NAME=]DIR[:ARM]`. Without an arm, the only one or else the last of `TITLES` that is
             there; without a name, the directory and the arm as given.
 
     Raises:
@@ -69,7 +68,7 @@ def open_run(text: str) -> Run:
         raise ValueError(f"{path}: no such file; expected [NAME=]DIR[:ARM] of an evaluated run")
     content = records.read_json(path)
     runs = runs_of(content, str(path))
-    arm = arm or next((known for known in reversed(ARMS) if known in runs), "")
+    arm = arm or next((known for known in reversed(TITLES) if known in runs), "")
     arm = next(iter(runs)) if len(runs) == 1 and not arm else arm
     if arm not in runs:
         raise ValueError(f"{path}: has the arms {list(runs)}; expected DIR:ARM with one of them")
@@ -77,12 +76,12 @@ def open_run(text: str) -> Run:
 
 
 def runs_of(content: Mapping[str, Any], where: str) -> dict[str, Run]:
-    """Arms of an `evaluation.json`, in the order of `ARMS`, others after the first.
+    """Arms of an `evaluation.json`, in the order of `TITLES`, others after the first.
 
     Raises:
         ValueError: it is not as `evaluate` writes it.
     """
-    known = list(ARMS)
+    known = list(TITLES)
     try:
         arms = content["arms"]
         order = sorted(arms, key=lambda arm: known.index(arm) if arm in known else 1)
@@ -108,7 +107,7 @@ def _run(arm: str, content: Mapping[str, Any], where: str) -> Run:
         scores["tasks"][task]
         for value in row.values():
             _check_score(value)
-    return Run(ARMS.get(arm, arm), where, scores, instances)
+    return Run(TITLES.get(arm, arm), where, scores, instances)
 
 
 def _check_row(row: Mapping[str, Any]) -> None:

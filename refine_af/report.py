@@ -211,7 +211,7 @@ def _instances(workdir: Path) -> Section | None:
 
 def _data_sets(workdir: Path) -> Section | None:
     """The data set of each arm in numbers, and the figures of the first."""
-    folders = {_ARMS[arm]: arms.folder(workdir, arm) for arm in arms.ARMS}
+    folders = {arms.TITLES[arm]: arms.folder(workdir, arm) for arm in arms.ARMS}
     read = {name: read_json(path / "dataset/statistics.json") for name, path in folders.items()}
     found = {name: statistics for name, statistics in read.items() if statistics}
     if not found:
