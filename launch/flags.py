@@ -93,12 +93,16 @@ def parse_with_config(argv: Sequence[str]) -> list[str]:
 
 def _parse(argv: Sequence[str]) -> list[str]:
     """Parse all flags; `--help` shows those of the program and exits 0."""
-    if {"--help", "-help", "-h"} & set(argv[1:]):
+    if _asks_for_help(argv):
         print((sys.modules["__main__"].__doc__ or "").strip())
         print(flags.FLAGS.main_module_help())
         print(flags.FLAGS.module_help(__name__))
         sys.exit(0)
     return flags.FLAGS(list(argv))
+
+
+def _asks_for_help(argv: Sequence[str]) -> bool:
+    return bool({"--help", "-help", "-h"} & set(argv[1:]))
 
 
 _CONFIG_HELP = (
@@ -219,17 +223,18 @@ def start(
     parse = parse_with_config if with_config else _parse
     interruptions.install()
     try:
+        _set_up_jax()
+        _meet(sys.argv)  # before anything that may fail on one host, so that all are told
         left = parse(sys.argv)
         if len(left) > 1:
             raise ValueError(f"unexpected argument {left[1]!r}; flags look like --name=value")
         logging.use_absl_handler()
-        logging.set_verbosity(logging.WARNING)
+        logging.set_verbosity(logging.WARNING if processes.is_writer() else logging.ERROR)
         logging.get_absl_logger().addFilter(_is_news)
-        _set_up_jax()
-        _meet()
         processes.once(main) if one_process else main()
     except KeyboardInterrupt as error:
-        _stopped(resumes, agreed=isinstance(error, interruptions.AgreedInterrupt))
+        agreed = isinstance(error, interruptions.AgreedInterrupt)
+        _stopped(resumes, str(error), agreed=agreed)
     except SystemExit as error:
         if error.code and processes.several():
             processes.fail(f"exit status {error.code}", int(error.code))
@@ -256,10 +261,14 @@ def _is_news(record: LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _stopped(resumes: bool, *, agreed: bool = False) -> NoReturn:
-    """Leave; where all processes have `agreed` to, each does so by itself."""
-    left_over = "the same command goes on from here" if resumes else "nothing was written"
-    print(f"\nstopped; {left_over}", file=sys.stderr)
+def _stopped(resumes: bool, left_over: str = "", *, agreed: bool = False) -> NoReturn:
+    """Leave; where all processes have `agreed` to, each does so by itself.
+
+    Args:
+        left_over: what there is, where that is not what `resumes` says.
+    """
+    usual = "the same command goes on from here" if resumes else "nothing was written"
+    print(f"\nstopped; {left_over or usual}", file=sys.stderr)
     threading.excepthook = lambda _: None  # a save under way finds its workers gone
     code = 130
     if interruptions.received() == signal.SIGTERM:
@@ -292,13 +301,20 @@ def _is_for_user(error: BaseException) -> bool:
     return package in ("refine_af", "__main__") and instruction == "RAISE_VARARGS"
 
 
-def _meet() -> None:
-    """Join the other processes of this run, if there are any.
+def _meet(argv: Sequence[str]) -> None:
+    """Join the other processes of this run, if there are any; no other flag is looked at.
 
     Raises:
         ValueError: the flags are not complete, or the others were started with other arguments.
     """
-    given = {h.name: h.value for h in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
+    if _asks_for_help(argv):
+        return
+    known = flags.FlagValues()
+    known.set_gnu_getopt(True)  # values of other flags may stand among them
+    for holder in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID):
+        known[holder.name] = flags.FLAGS[holder.name]
+    known(list(argv), known_only=True)
+    given = {name: known[name].value for name in known}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
         if not processes.launched_as_several():
@@ -309,8 +325,7 @@ def _meet() -> None:
             names = ", ".join(f"--{name}" for name in given)
             raise ValueError(f"--{missing[0]} is missing: give {names}, or none of them")
         _join(*given.values())
-    mine = [argument for argument in sys.argv[1:] if "process_id" not in argument]
-    first, *others = processes.everyone(mine)
+    first, *others = processes.everyone(_without_number(argv[1:]))
     for other, theirs in enumerate(others, start=1):
         if theirs != first:
             raise ValueError(
@@ -318,8 +333,19 @@ def _meet() -> None:
                 f"{shlex.join(first)!r}; all of a run take the same arguments"
             )
     if not processes.is_writer():
-        logging.set_verbosity(logging.ERROR)
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the program runs
+
+
+def _without_number(argv: Sequence[str]) -> list[str]:
+    """Arguments without `--process_id` and its value, which may follow it."""
+    rest, kept = iter(argv), []
+    for argument in rest:
+        flag, equals, _ = argument.partition("=")
+        if flag.lstrip("-") != _PROCESS_ID.name:
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)
+    return kept
 
 
 def _join(address: Any, count: Any, number: Any) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from refine_af import base_model, records, tokens
+from refine_af import base_model, interruptions, records, tokens
 from refine_af.base_model import BaseModel
 from refine_af.config import Lora, Mesh, Model, Sampling
 from refine_af.config_reading import from_dict
 from refine_af.launch import flags
 from refine_af.models import lora, processes
+from refine_af.models.transformer import Params
 from refine_af.progress import bar
 from refine_af.requests import Completion, Request
 
@@ -160,7 +161,21 @@ def asked_of(rows: Iterable[tuple[Row, str]], base: BaseModel) -> Iterator[Asked
                 yield Asked(number, row, sample, i)
 
 
-def completions(base: BaseModel, asked: Sequence[Asked]) -> Iterator[tuple[int, Completion]]:
+def read_adapter(base: BaseModel) -> tuple[Lora | None, Params | None]:
+    """The adapter that is asked for.
+
+    Raises:
+        ValueError: it cannot be read, or is not one of this model.
+    """
+    if _ADAPTER.value is None:
+        return None, None
+    shape, adapter = lora.read_peft(Path(_ADAPTER.value), base.config)
+    return Lora(**dataclasses.asdict(shape)), adapter
+
+
+def completions(
+    base: BaseModel, asked: Sequence[Asked], options: Lora | None, adapter: Params | None
+) -> Iterator[tuple[int, Completion]]:
     """(place in `asked`, completion) as they finish, under a progress bar; faults come first."""
     usable = []
     for place, one in enumerate(asked):
@@ -170,10 +185,6 @@ def completions(base: BaseModel, asked: Sequence[Asked]) -> Iterator[tuple[int, 
             usable.append((place, one.request))
     if not usable:
         return
-    options, adapter = None, None
-    if _ADAPTER.value is not None:
-        shape, adapter = lora.read_peft(Path(_ADAPTER.value), base.config)
-        options = Lora(**dataclasses.asdict(shape))
     int8 = _INT8_WEIGHTS.value
     engine = base.engine(_BATCH_SIZE.value, int8_weights=int8, int8_cache=_INT8_CACHE.value)
     params = base.for_sampling(adapter, options, int8_weights=int8)
@@ -228,7 +239,7 @@ def main() -> None:
     model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
     base = base_model.load(model, Mesh())
     asked = list(asked_of(rows, base))
-    finished = completions(base, asked)
+    finished = completions(base, asked, *read_adapter(base))
     made = (
         output_row(asked[place], completion)
         for place, completion in (finished if _AS_COMPLETED.value else in_order(finished))
@@ -240,18 +251,31 @@ def main() -> None:
 
 
 def write(target: Path | None, rows: Iterable[Row]) -> list[str]:
-    """Append rows to a new file, or print them; returns the errors among them."""
-    if target is not None:
-        records.write_text(target, "")
+    """Write rows to a new file as they come, or print them; returns the errors among them.
+
+    Raises:
+        KeyboardInterrupt: a signal has come; says where the rows are.
+    """
+    if target is None:
+        return [row["error"] for row in rows if not _is_printed(row)]
+    records.write_text(target, "")
     errors = []
-    for row in rows:
-        if "error" in row:
-            errors.append(row["error"])
-        if target is not None:
+    try:
+        for row in rows:
+            errors += [row["error"]] if "error" in row else []
             records.append_rows(target, [row])
-        elif "error" not in row:
-            print(row["completion"])
+    except BaseException:
+        if interruptions.received():
+            raise KeyboardInterrupt(f"the rows so far are in {target}") from None
+        raise
     return errors
+
+
+def _is_printed(row: Row) -> bool:
+    """Print a row's text, if it has one."""
+    if "error" not in row:
+        print(row["completion"])
+    return "error" not in row
 
 
 if __name__ == "__main__":

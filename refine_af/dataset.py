@@ -35,6 +35,7 @@ FOLDER = "dataset"
 ROWS, ALPACA, CHAT = "train", "alpaca", "chat"
 STATISTICS, CARD = "statistics.json", "README.md"
 LEFT_OUT = "rejected_rows.jsonl"  # beside the folder: rows that its own filters dropped
+FIELDS = ("id", "instruction", "input", "output")  # texts of each instance
 
 _TEXT, _TEXTS, _NUMBER = Value("string"), List(Value("string")), Value("float64")
 _COLUMNS = {

@@ -117,6 +117,7 @@ class InstructionStage:
         """Take up what an earlier start left on disk."""
         self.paths = [self.workdir / ACCEPTED, self.workdir / REJECTED]
         rows = records.read_rows(self.paths[0], ("id", "instruction"))
+        records.check_bools(rows, "is_classification", self.paths[0])
         self.accepted: list[Row] = rows
         self.batch = 0
         if not self.complete:

@@ -4,9 +4,11 @@ What belongs to one arm of a run alone is in that arm's folder (`arms.folder`), 
 workdir: instructions, the evaluation and the report are of all arms.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -63,7 +65,10 @@ def claim(config: Experiment, workdir: Path, *, force: bool) -> None:
 def _claim(config: Experiment, workdir: Path, force: bool) -> None:
     path = workdir / CONFIG
     mine, known = config_hash(config), records.read_json(path)
-    earlier = set(known.get("earlier", []))
+    listed = known.get("earlier", [])
+    if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
+        raise ValueError(f"{path}: earlier={listed!r}: expected a list of hashes")
+    earlier = set(listed)
     for where, theirs in {
         path: known.get("hash"),
         **{saved: checkpoints.config_of(saved) for saved in _checkpoints(workdir)},
@@ -183,12 +188,14 @@ def _generate_instances(run: Run, arm: str, target: Path) -> bool:
     )
     oracle = run.oracle() if run.config.instances.score else None
     InstanceStage(run.config, run.base, run.seeds, rows, target, oracle).run(params)
+    kept = records.read_rows(target / instances.ACCEPTED, dataset.FIELDS)
+    records.check_bools(kept, "is_classification", target / instances.ACCEPTED)
     made_of = dataset.Material(
         config=run.config,
         arm=arm,
         seeds=run.seeds,
         instructions=rows,
-        instances=records.read_rows(target / instances.ACCEPTED),
+        instances=kept,
         rejected={
             "instructions": _reasons(run.workdir / instructions.REJECTED),
             "instances": _reasons(target / instances.REJECTED),
@@ -269,11 +276,16 @@ def run_stage(run: Run, name: str) -> None:
         raise
     finally:
         if worked:
-            spent = time.monotonic() - began
-            processes.by_writer(lambda: _add_time(run.workdir / TIMINGS, name, spent))
+            spent, failing = time.monotonic() - began, sys.exception() is not None
+            # Beside an error of the stage, another one of its timing is not worth telling.
+            with contextlib.suppress(*(OSError, ValueError) if failing else ()):
+                processes.by_writer(lambda: _add_time(run.workdir / TIMINGS, name, spent))
 
 
 def _add_time(path: Path, name: str, seconds: float) -> None:
     timings = records.read_json(path)
-    timings[name] = round(timings.get(name, 0.0) + seconds, 2)
+    before = timings.get(name, 0.0)
+    if type(before) not in (int, float):
+        raise ValueError(f"{path}: {name}={before!r}: expected seconds")
+    timings[name] = round(before + seconds, 2)
     records.write_text(path, json.dumps(timings, indent=1) + "\n")

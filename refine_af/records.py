@@ -76,6 +76,19 @@ def parse_lines(
     return rows
 
 
+def check_bools(rows: Iterable[Row], name: str, path: Path) -> None:
+    """See to it that all rows of a file have a field that is true or false.
+
+    Raises:
+        ValueError: one has not.
+    """
+    for number, row in enumerate(rows):
+        if not isinstance(row.get(name), bool):
+            raise ValueError(
+                f"{path}: row {number}: {name}={row.get(name)!r}: expected true or false"
+            )
+
+
 def read_json(path: Path) -> Row:
     """Content of a JSON file; {} when there is none.
 

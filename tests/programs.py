@@ -1,6 +1,7 @@
 """Running the programs in this process, for tests."""
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from absl import flags as absl_flags
 
+from refine_af import interruptions
 from refine_af.launch import (
     _cli,
     flags,  # noqa: F401 - defines what all programs share, once a process
@@ -38,6 +40,16 @@ def forget_flags(known: set[str]) -> None:
     for name in set(absl_flags.FLAGS) - known:
         delattr(absl_flags.FLAGS, name)
     absl_flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    """Signals are handled as before when the test ends."""
+    kept = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    interruptions.install()  # forgets what came
+    for signum, handler in kept.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import sqlite3
 import struct
@@ -213,6 +214,13 @@ def outputs(workdir: Path) -> dict[str, Any]:
     found |= {f"{name}/checkpoints": newest_state(workdir, name) for name in ("ppo", "sft")}
     found |= {SCORES: scores(workdir / SCORES), EVENTS: scalars(workdir / "ppo")}
     return found | {name: rows_of_table(workdir / name) for name in TABLES}
+
+
+def names(workdir: Path) -> set[str]:
+    """Files and directories of a run, but for checkpoints; TensorBoard's bear a time."""
+    found = {str(path.relative_to(workdir)) for path in workdir.rglob("*")}
+    found = {name for name in found if not re.search(r"checkpoints/\d+(/|$)", name)}
+    return {re.sub(r"(tfevents)\..*", r"\1", name) for name in found}
 
 
 def differences(left: Path, right: Path) -> list[str]:

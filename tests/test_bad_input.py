@@ -19,10 +19,12 @@ from decoders import random_params, write_directory
 from programs import jsonl
 from safetensors.numpy import save_file
 
-from refine_af import records, seeds, superni, tokens, trained_oracle
+from refine_af import pipeline, records, rlaf, seeds, superni, tokens, trained_oracle
 from refine_af.config import Experiment, Lora
 from refine_af.config_reading import from_dict
+from refine_af.configs import tiny
 from refine_af.http_oracle import HttpOracle
+from refine_af.instances import InstanceStage
 from refine_af.launch import flags
 from refine_af.models import convert, gguf, hf_config, sources, tensor_files
 from refine_af.models.byte_tokenizer import byte_tokenizer
@@ -63,6 +65,54 @@ def test_a_row_with_what_could_not_be_written_again(value: str, tmp_path: Path) 
     path.write_text(f'{{"output": "a"}}\n{{"output": "b", "mine": {value}}}\n')
     message = refusal(lambda: flags.read_input(path, ("output",)), f"{path}:2")
     assert "not valid JSON" in message
+
+
+TINY_RUN = tiny.get_config()
+TASK = {"id": "a", "instruction": "Say it.", "input": "", "output": "it", "batch": 0}
+
+
+@pytest.mark.parametrize("label", [{}, {"is_classification": "no"}], ids=["missing", "text"])
+def test_rows_of_a_workdir_without_their_label(
+    label: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of instructions; and of instances, when the data set is made of them."""
+    run = pipeline.Run(TINY_RUN, tmp_path)
+    path = jsonl(tmp_path / "instructions.jsonl", TASK | label)
+    message = refusal(lambda: pipeline.generate_instructions(run), f"{path}: row 0: is_class")
+    assert message.endswith("expected true or false")
+    monkeypatch.setattr(pipeline.Run, "accepted_instructions", lambda _: [])
+    monkeypatch.setattr(pipeline.Run, "base", None)
+    monkeypatch.setattr(rlaf, "tuned_policy", lambda *_: None)
+    monkeypatch.setattr(InstanceStage, "run", lambda *_: None)
+    path = jsonl(tmp_path / "instances.jsonl", TASK | label)
+    refusal(lambda: pipeline.generate_instances(run), f"{path}: row 0: is_classification=")
+    jsonl(path, TASK | {"is_classification": False})
+    path = jsonl(tmp_path / "rejected_instances.jsonl", {"batch": 0})
+    refusal(lambda: pipeline.generate_instances(run), f"{path}:1: 'reason' is missing")
+
+
+@pytest.mark.parametrize("earlier", [3, [3], "abc", None])
+def test_a_config_on_record_with_other_hashes_than_texts(earlier: Any, tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "config.json", {"earlier": earlier})
+    refusal(lambda: pipeline.claim(TINY_RUN, tmp_path, force=False), f"{path}: earlier=")
+
+
+@pytest.mark.parametrize("seconds", ["long", None, True])
+def test_timings_that_are_no_numbers(
+    seconds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told, unless the stage itself has failed: that is told instead."""
+    run = pipeline.Run(TINY_RUN, tmp_path)
+    path = jsonl(tmp_path / "timings.json", {"evaluate": seconds})
+    monkeypatch.setitem(pipeline.STAGES, "evaluate", lambda _: True)
+    refusal(lambda: pipeline.run_stage(run, "evaluate"), f"{path}: evaluate={seconds!r}")
+
+    def fail(_: pipeline.Run) -> bool:
+        raise ValueError("the stage's own")
+
+    monkeypatch.setitem(pipeline.STAGES, "evaluate", fail)
+    with pytest.raises(ValueError, match=r"^the stage's own$"):
+        pipeline.run_stage(run, "evaluate")
 
 
 @pytest.mark.parametrize("row", [{}, {"batch": "1"}, {"batch": True}, {"batch": -1}])

@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -312,15 +312,6 @@ def take_steps(
             progress=progress,
         )
     return taken
-
-
-@pytest.fixture
-def own_handlers() -> Iterator[None]:
-    kept = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    interruptions.install()  # forgets what came
-    for signum, handler in kept.items():
-        signal.signal(signum, handler)
 
 
 def send(signum: signal.Signals, times: int = 1) -> Callable[[], None]:

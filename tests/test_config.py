@@ -117,11 +117,11 @@ def test_lists_become_tuples_and_whole_numbers_floats() -> None:
 
 
 @pytest.mark.parametrize("path", LEAVES)
-def test_the_hash_changes_with_every_field(path: str) -> None:
+def test_the_hash_changes_with_every_field_but_the_mesh(path: str) -> None:
     start = changed("dataset.filter", "reward") if path == "dataset.filter_at" else TINY
     config = changed(path, other(path), start)
     assert dict(leaves(config)) == dict(leaves(start)) | {path: other(path)}
-    assert config_hash(config) != config_hash(start)
+    assert (config_hash(config) == config_hash(start)) == path.startswith("mesh.")
     assert len(config_hash(config)) == 16
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -317,6 +318,36 @@ def test_of_two_programs_with_one_target_the_second_is_refused(tmp_path: Path) -
     assert content(tmp_path) == {Path("m/config.json"): b"fast"}
 
 
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from refine_af.models import convert
+
+target, moment = Path(sys.argv[1]), sys.argv[2]
+with convert.staged(target, overwrite=True) as new:
+    (new / "config.json").write_text("new")
+    if moment == "between the renames":
+        target.rename(new.parent / "old")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["while writing", "between the renames"])
+def test_what_a_killed_program_has_left_is_cleared_away(moment: str, tmp_path: Path) -> None:
+    """The old model is back before the next start is at work; what is another's stays."""
+    target = tmp_path / "m"
+    for folder in (target, tmp_path / ".m.mine"):
+        folder.mkdir()
+        (folder / "config.json").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", _KILLED, target, moment], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len([*tmp_path.iterdir()]) == 2 + (moment == "while writing")
+    with pytest.raises(KeyboardInterrupt), convert.staged(target, overwrite=True):
+        assert content(target) == {Path("config.json"): b"old"}
+        raise KeyboardInterrupt
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".m.mine", "m"]
+
+
 @pytest.mark.parametrize("kind", ["hf", "orbax"])
 def test_a_target_appears_only_when_it_is_complete(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -343,7 +374,7 @@ def test_a_target_appears_only_when_it_is_complete(
     assert set(tmp_path.iterdir()) == names
 
 
-@pytest.mark.parametrize("kind", ["hf", "orbax"])
+@pytest.mark.parametrize("kind", ["hf", pytest.param("orbax", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_clear_line(kind: str, tmp_path: Path) -> None:
     """A limit of 4 KiB on the size of files stands in for the disk."""
     source = families.saved("llama2")

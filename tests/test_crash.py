@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from runs import Done, Programs, differences
+from runs import Done, Programs, differences, names
 
 # What each stage writes; how often a run is killed in it; at most after how many changes of that.
 _STAGES = {
@@ -122,3 +122,4 @@ def test_runs_that_were_killed_end_as_if_undisturbed(
         hits = [future.result() for future in futures]
     assert sum(hits) >= 20, hits
     assert [differences(undisturbed.workdir, workdir) for workdir in workdirs] == [[], []]
+    assert [names(workdir) for workdir in workdirs] == 2 * [names(undisturbed.workdir)]

@@ -1,6 +1,7 @@
 """`launch.generate`: rows with their own parameters, faults of rows, samples, int8."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,35 @@ def test_generate_answers_each_row_with_its_own_parameters(
     assert stops["token_ids"] == [69] * 3
     assert first["token_ids"] == same["token_ids"] != other["token_ids"] != greedy["token_ids"]
     assert top["token_ids"] == greedy["token_ids"]
+
+
+def test_a_bad_adapter_leaves_an_earlier_output(program: Program, tmp_path: Path) -> None:
+    prompts, output = jsonl(tmp_path / "rows", {"prompt": "ab"}), tmp_path / "out"
+    output.write_text("earlier\n")
+    files = (f"--prompts={prompts}", f"--output={output}", f"--adapter={tmp_path}/none")
+    result = program(*GENERATE, *files)
+    assert result.code == 2
+    assert result.err.startswith(f"error: {tmp_path}/none")
+    assert output.read_text() == "earlier\n"
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_a_signal_says_where_the_rows_are(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here it comes after the first of three."""
+    append = records.append_rows
+
+    def append_then_stop(path: Path, rows: list[records.Row]) -> None:
+        append(path, rows)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(records, "append_rows", append_then_stop)
+    prompts, output = jsonl(tmp_path / "rows", *3 * [{"prompt": "ab"}]), tmp_path / "out"
+    result = program(*GENERATE, f"--prompts={prompts}", f"--output={output}")
+    assert result.code == 143
+    assert f"\nstopped; the rows so far are in {output}\n" in result.err
+    assert len(records.read_rows(output)) == 1
 
 
 def test_generate_prints_the_continuation_of_one_prompt(program: Program) -> None:
@@ -145,7 +175,9 @@ def test_generate_says_what_is_wrong_with_one_prompt(program: Program) -> None:
     )
 
 
-@pytest.mark.parametrize("option", ["int8_weights", "int8_cache"])
+@pytest.mark.parametrize(
+    "option", [pytest.param("int8_weights", marks=pytest.mark.slow), "int8_cache"]
+)
 def test_generate_with_int8_says_much_the_same(
     option: str, program: Program, tmp_path: Path
 ) -> None:

@@ -116,6 +116,14 @@ def test_a_workdir_belongs_to_one_config(program: Program, tmp_path: Path) -> No
     assert program(*other) == refused(lacking), "now it is the new config's"
 
 
+def test_a_workdir_goes_on_with_another_mesh(program: Program, tmp_path: Path) -> None:
+    """To the next complaint, and the newest mesh is on record."""
+    pipeline.claim(TINY, tmp_path, force=False)
+    result = program(*STAGE, f"--workdir={tmp_path}", "--config.mesh=data:2,fsdp:-1")
+    assert result.err.endswith("0 of 12 instructions; run generate_instructions first\n")
+    assert records.read_json(tmp_path / "config.json")["config"]["mesh"]["data"] == 2
+
+
 def test_checkpoints_of_another_config_are_refused_unless_forced(tmp_path: Path) -> None:
     """Once forced, the workdir remembers."""
     folder = tmp_path / rlaf.CHECKPOINTS
@@ -420,6 +428,7 @@ def test_evaluate_refuses_predictions_of_other_tasks_and_with_a_model(
     assert program("evaluate", "--model=random:tiny", *files) == refused(message)
 
 
+@pytest.mark.slow
 def test_evaluate_asks_a_model_once(program: Program, tasks: Path, tmp_path: Path) -> None:
     """A second start finds its answers; one with other options would mix them up."""
     output = tmp_path / "configs"  # looks like a flag, and is none

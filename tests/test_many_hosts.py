@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import pytest
 from runs import rows_without_times
 from safetensors.numpy import load_file
 
-from refine_af import records, seeds
+from refine_af import checkpoints, records, seeds
 
 SEEDS = Path(seeds.__file__).parent
 TEXTS = (
@@ -50,7 +50,7 @@ SMALL = (
     "--config.instructions.num_instructions=3",
     "--config.instructions.batch_size=48",
     "--config.instructions.sampling.max_new_tokens=64",
-    "--config.ppo.num_steps=2",
+    "--config.ppo.num_steps=3",
     "--config.ppo.num_epochs=1",
     "--config.ppo.num_eval_samples=1",
     "--config.ppo.sampling.max_new_tokens=8",
@@ -108,23 +108,35 @@ class Process:
         return Ended(code, *texts, time.monotonic() - self.began)
 
 
-def start_two(
+def start(
     scratch: Path,
+    count: int,
     name: str,
     *arguments: str,
     last: tuple[str, ...] = (),
-    directories: tuple[Path | None, Path | None] = (None, None),
+    directories: Sequence[Path | None] = (),
 ) -> list[Process]:
-    """Two processes of one run in these directories; the second has the arguments `last`, too."""
+    """Processes of one run, four devices in all; the last one has the arguments `last`, too.
+
+    Args:
+        directories: in which they are started.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    together = (f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2")
+    together = (f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}")
     return [
         Process(
-            scratch, 2, name, *arguments, *more, *together, f"--process_id={number}", cwd=directory
+            scratch,
+            4 // count,
+            name,
+            *arguments,
+            *(last if number == count - 1 else ()),
+            *together,
+            f"--process_id={number}",
+            cwd=directory,
         )
-        for number, (more, directory) in enumerate(zip(((), last), directories, strict=True))
+        for number, directory in zip(range(count), directories or [None] * count, strict=True)
     ]
 
 
@@ -165,7 +177,7 @@ def one(scratch: Path, arguments: tuple[str, ...]) -> Run:
 @pytest.fixture(scope="module")
 def two(scratch: Path, arguments: tuple[str, ...]) -> Run:
     workdir = scratch / "two"
-    return finish(workdir, start_two(scratch, "pipeline", f"--workdir={workdir}", *arguments))
+    return finish(workdir, start(scratch, 2, "pipeline", f"--workdir={workdir}", *arguments))
 
 
 def checkpoint(directory: Path) -> Any:
@@ -241,9 +253,9 @@ def test_one_process_writes_and_asks_and_speaks(one: Run, two: Run) -> None:
 
 
 def before_ppo(run: Run, workdir: Path) -> Path:
-    """A workdir as `run` left it before its PPO."""
+    """A workdir as `run` left it before its PPO, but for the config on record."""
     workdir.mkdir()
-    for name in TEXTS[:3]:
+    for name in TEXTS[1:3]:
         (workdir / name).write_bytes((run.workdir / name).read_bytes())
     return workdir
 
@@ -274,7 +286,7 @@ def test_a_kill_ends_all_and_both_go_on_to_the_same_bits(
 ) -> None:
     workdir = before_ppo(two, scratch / "killed")
     command = ("train_ppo", f"--workdir={workdir}", *arguments)
-    processes = start_two(scratch, *command)
+    processes = start(scratch, 2, *command)
     wait_for(lambda: bool(records.read_rows(workdir / PPO[0])), processes)
     processes[1].process.send_signal(signal.SIGKILL)
     killed = time.monotonic()
@@ -282,8 +294,8 @@ def test_a_kill_ends_all_and_both_go_on_to_the_same_bits(
     assert time.monotonic() - killed < 60
     assert ended.code not in (0, 2)
     assert "The following tasks are unhealthy (stopped sending heartbeats):\n1\n" in ended.err
-    assert len(records.read_rows(workdir / PPO[0])) < 2, "nothing was left to do"
-    finish(workdir, start_two(scratch, *command))
+    assert len(records.read_rows(workdir / PPO[0])) < 3, "nothing was left to do"
+    finish(workdir, start(scratch, 2, *command))
     assert_same_ppo(workdir, two.workdir)
 
 
@@ -291,21 +303,26 @@ def test_a_kill_ends_all_and_both_go_on_to_the_same_bits(
 def test_a_signal_to_one_stops_all_at_a_step_that_any_number_goes_on_from(
     two: Run, scratch: Path, arguments: tuple[str, ...]
 ) -> None:
+    """The signal's save is the only one there: none is due before the last step."""
     workdir = before_ppo(two, scratch / "stopped")
+    arguments += ("--config.ppo.checkpoint_every=9",)
     command = ("train_ppo", f"--workdir={workdir}", *arguments)
-    processes = start_two(scratch, *command)
+    processes = start(scratch, 2, *command)
     wait_for(lambda: bool(records.read_rows(workdir / PPO[0])), processes)
     processes[1].process.send_signal(signal.SIGTERM)
     for ended in [process.wait(60) for process in processes]:
         assert ended.code == 0
         assert ended.err.endswith("\nstopped; the same command goes on from here\n")
         assert "has failed" not in ended.err
-    moved = shutil.copytree(workdir, scratch / "moved")
-    finish(workdir, start_two(scratch, *command))
+    step = checkpoints.latest_step(workdir / CHECKPOINTS[0])
+    assert 0 < step < 3
+    assert len(records.read_rows(workdir / PPO[0])) == step
+    moved = {n: shutil.copytree(workdir, scratch / f"on-{n}") for n in (1, 4)}
+    finish(workdir, start(scratch, 2, *command))
     assert_same_ppo(workdir, two.workdir)
-    # What two processes saved, one goes on from.
-    finish(moved, [Process(scratch, 4, "train_ppo", f"--workdir={moved}", *arguments)])
-    assert_close_ppo(moved, two.workdir)
+    for count, copy in moved.items():  # what two have saved
+        finish(copy, start(scratch, count, "train_ppo", f"--workdir={copy}", *arguments))
+        assert_close_ppo(copy, two.workdir)
 
 
 def part_of_the_other(directory: Path) -> Path:
@@ -319,10 +336,10 @@ def test_damage_that_one_process_finds_is_found_by_all(tmp_path: Path, scratch: 
     program = str(Path(__file__).with_name("save_and_restore.py"))
     directory = tmp_path / "checkpoints"
     command = (program, f"--directory={directory}")
-    finish(tmp_path, start_two(scratch, *command))
+    finish(tmp_path, start(scratch, 2, *command))
     part = part_of_the_other(directory / "2")
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-    first, second = [process.wait(60) for process in start_two(scratch, *command)]
+    first, second = [process.wait(60) for process in start(scratch, 2, *command)]
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.out.endswith("restored 1\n")
     assert f"{directory}/2: the checkpoint is damaged (" in first.err
@@ -330,18 +347,26 @@ def test_damage_that_one_process_finds_is_found_by_all(tmp_path: Path, scratch: 
 
 
 @pytest.mark.slow
-def test_an_error_of_one_is_the_end_and_the_reason_of_all(scratch: Path) -> None:
-    """Process 1 does not find the seed tasks: there is no such file on its host."""
-    here, there = scratch / "here", scratch / "there"
+@pytest.mark.parametrize(
+    ("flag", "reason"),
+    [
+        ("--config.seed_tasks=tasks.jsonl", "tasks.jsonl: cannot read seed tasks: "),
+        ("--config=mine.py", "--config=mine.py: not found; "),  # before any work
+    ],
+)
+def test_an_error_of_one_is_the_end_and_the_reason_of_all(
+    flag: str, reason: str, tmp_path: Path, scratch: Path
+) -> None:
+    """Process 1 does not find a file that the command names: there is none on its host."""
+    here, there = tmp_path / "here", tmp_path / "there"
     for directory in (here, there):
         directory.mkdir()
     (here / "tasks.jsonl").write_bytes((SEEDS / "seed_tasks.jsonl").read_bytes())
-    command = ("generate_instructions", f"--workdir={scratch / 'lost'}", *SMALL)
-    tasks = "--config.seed_tasks=tasks.jsonl"
-    started = start_two(scratch, *command, tasks, directories=(here, there))
+    (here / "mine.py").write_text("from refine_af.configs.tiny import get_config\n")
+    command = ("generate_instructions", f"--workdir={tmp_path / 'lost'}", *SMALL)
+    started = start(scratch, 2, *command, flag, directories=(here, there))
     first, second = (process.wait(60) for process in started)
     assert (first.code, second.code) == (2, 2)
-    reason = "tasks.jsonl: cannot read seed tasks: "
     assert f"error: {reason}" in second.err
     assert f"error: another process has failed: process 1: {reason}" in first.err
     assert "Traceback" not in first.err + second.err
@@ -352,7 +377,7 @@ def test_an_error_of_one_is_the_end_and_the_reason_of_all(scratch: Path) -> None
 def test_processes_with_other_arguments_are_refused(scratch: Path) -> None:
     workdir = scratch / "unlike"
     command = ("finetune", f"--workdir={workdir}", *SMALL)
-    for ended in [p.wait(60) for p in start_two(scratch, *command, last=("--config.seed=1",))]:
+    for ended in [p.wait(60) for p in start(scratch, 2, *command, last=("--config.seed=1",))]:
         assert ended.code == 2
         assert "error: process 1 was started with '--workdir=" in ended.err
         assert ended.err.endswith("; all of a run take the same arguments\n")
@@ -366,7 +391,7 @@ def test_generate_answers_each_row_once(scratch: Path) -> None:
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ("generate", "--model=random:tiny", f"--prompts={prompts}")
     outputs = [scratch / "together.jsonl", scratch / "alone.jsonl"]
-    together = start_two(scratch, *command, f"--output={outputs[0]}")
+    together = start(scratch, 2, *command, f"--output={outputs[0]}")
     alone = Process(scratch, 4, *command, f"--output={outputs[1]}")
     assert [process.wait(120).code for process in (*together, alone)] == [2, 2, 2]
     found, wanted = map(records.read_rows, outputs)

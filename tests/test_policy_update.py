@@ -282,6 +282,7 @@ def test_whitened_rewards_have_deviation_1_and_keep_their_mean() -> None:
     np.testing.assert_allclose(rewards[1], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_epochs_end_once_the_policy_has_moved_too_far() -> None:
     """The first step is at the policy that sampled; the second one sees what it did."""
     whole, figures = update()

