@@ -6,6 +6,7 @@ degrees of likeness occur.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 from refine_af import benchmarks, dataset_statistics, records, seeds
@@ -19,6 +20,7 @@ CASES = {
     "filter15000": 15_000,  # accepted instructions, and the statistics of their data set
 }
 _MAX_SIMILARITY = 0.7
+_AT_ONCE = 128  # candidates; stage 1 has as many in a batch of prompts
 _SAME = 0.4  # share of the instructions that are a seed's but for some words
 _MOST_CHANGED = 0.6  # share of an instruction's words that are others
 
@@ -64,22 +66,30 @@ def candidates() -> Iterator[str]:
 
 def first_candidates(count: int) -> list[str]:
     """So many of them."""
-    return [text for _, text in zip(range(count), candidates(), strict=False)]
+    return list(itertools.islice(candidates(), count))
 
 
 def _seed_instructions() -> list[str]:
     return [task.instruction for task in seeds.load()]
 
 
+def _prepared(pool: NoveltyPool) -> Iterator[str]:
+    """The candidates, each of them prepared with others of its batch, as stage 1 does."""
+    texts = candidates()
+    while True:
+        batch = list(itertools.islice(texts, _AT_ONCE))
+        pool.prepare(batch)
+        yield from batch
+
+
 def decisions(count: int, repeats: int) -> tuple[Measured, list[bool]]:
     """Pairs of texts compared a second, and whether each candidate is novel, by the filter."""
-    texts = first_candidates(count)
     novel: list[bool] = []
 
     def run() -> float:
         novel.clear()
         pool, pairs = NoveltyPool(_seed_instructions()), 0
-        for text in texts:
+        for text in itertools.islice(_prepared(pool), count):
             pairs += len(pool)
             novel.append(pool.is_novel(text, pool.compare(text), _MAX_SIMILARITY))
             if novel[-1]:
@@ -119,7 +129,7 @@ def with_statistics(count: int, repeats: int) -> tuple[Measured, int]:
         pairs = 0
         pool = NoveltyPool(_seed_instructions())
         accepted: list[records.Row] = []
-        for text in candidates():
+        for text in _prepared(pool):
             pairs += len(pool)
             neighbours = pool.compare(text)
             if pool.is_novel(text, neighbours, _MAX_SIMILARITY):

@@ -81,8 +81,7 @@ def table(statistics: Mapping[str, Any]) -> dict[str, float]:
 
 def of_instructions(texts: Sequence[str], seeds: Sequence[str]) -> dict[str, Any]:
     """How diverse instructions are, and how far from the seeds'."""
-    pool = NoveltyPool(seeds)
-    overlaps = [pool.compare(text).maximum for text in texts]
+    overlaps = [near.maximum for near in NoveltyPool(seeds).compare_all(texts)]
     return {
         "instruction_words": _of_lengths(texts),
         "instruction_vocabulary": vocabulary(texts),

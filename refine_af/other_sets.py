@@ -44,20 +44,17 @@ def repeats(rows: Sequence[Row], options: DataSet) -> list[Repeat | None]:
         return [None] * len(rows)
     texts = [text for name in options.others for text in requests(Path(name).expanduser())]
     pool = NoveltyPool(list(dict.fromkeys(texts)))
-    known: dict[str, Repeat | None] = {}
-
-    def repeat(text: str) -> Repeat | None:
-        if text not in known:
-            near = pool.compare(text)
-            is_novel = pool.is_novel(text, near, options.max_similarity)
-            known[text] = None if is_novel else Repeat(*next(iter(near.most_similar.items())))
-        return known[text]
-
-    return [
-        repeat(row["instruction"])
-        or repeat(Example(row["instruction"], row["input"], row["output"]).context)
+    pairs = [
+        (row["instruction"], Example(row["instruction"], row["input"], row["output"]).context)
         for row in rows
     ]
+    ours = list(dict.fromkeys(text for pair in pairs for text in pair))
+    found = {
+        text: Repeat(*next(iter(near.most_similar.items())))
+        for text, near in zip(ours, pool.compare_all(ours), strict=True)
+        if not pool.is_novel(text, near, options.max_similarity)
+    }
+    return [found.get(alone) or found.get(whole) for alone, whole in pairs]
 
 
 def requests(path: Path) -> list[str]:
