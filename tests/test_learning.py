@@ -32,13 +32,14 @@ TASK = dataclasses.replace(
     lora=Lora(rank=8, alpha=16.0),
     sampling=Sampling(temperature=HEAT, max_new_tokens=ANSWER),
 )
+BUDGET = 3.0  # nats an answer
 WITH_KL = dataclasses.replace(
     TASK,
     num_steps=120,
     learning_rate=3e-3,
     kl_controller="adaptive",
     kl_coef=0.1,
-    kl_target=3.0,
+    kl_target=0.9 * BUDGET,  # the controller swings to either side of it
     kl_horizon=256,
 )
 RUNS = [*(("gae", seed) for seed in range(5)), ("rloo", 0), ("grpo", 0)]
@@ -89,12 +90,12 @@ def test_it_learns_the_toy_task(estimator: str, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_the_controller_holds_the_kl_at_its_target(seed: int) -> None:
+def test_the_controller_holds_the_kl_within_a_budget(seed: int) -> None:
     """What the answers may move is then spent on the reward.
 
     The controller acts after a rollout, so that the KL of single ones swings.
     """
     rewards, kls = train(WITH_KL, seed)
     print(f"KL {np.mean(kls[-40:]):.3f}, reward {np.mean(rewards[-20:]):.3f}")
-    assert np.mean(kls[-40:]) <= WITH_KL.kl_target
+    assert np.mean(kls[-40:]) <= BUDGET
     assert np.mean(rewards[-20:]) > 3 * rewards[0]
