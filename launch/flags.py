@@ -24,6 +24,7 @@ from refine_af import configs, interruptions, records
 from refine_af.config import Experiment, Mesh
 from refine_af.config_reading import from_dict
 from refine_af.models import processes
+from refine_af.models.one_line import one_line
 from refine_af.models.sources import cache_dir
 
 _CONFIGS = Path(next(iter(configs.__path__)))
@@ -242,9 +243,7 @@ def start(
     except Exception as error:
         if interruptions.received():  # a library's way of saying so
             _stopped(resumes)
-        text = " ".join(str(error).split())
-        if len(text) > _MOST_TEXT:  # it quotes the input
-            text = f"{text[: _MOST_TEXT // 2]} ... {text[-_MOST_TEXT // 2 :]}"
+        text = one_line(error, _MOST_TEXT)
         if not isinstance(error, ValueError | OSError | flags.Error) or not _is_for_user(error):
             if processes.several():
                 traceback.print_exc()

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from refine_af.models import rotary
 from refine_af.models.config import MOST, LinearRope, Llama3Rope, ModelConfig
 from refine_af.models.hf import tensors
+from refine_af.models.one_line import one_line
 from refine_af.models.registry import FAMILIES
 from refine_af.models.weights import Index, Shape, Weights, expected_shapes, refuse
 
@@ -60,8 +61,7 @@ def open_file(path: Path) -> gguf.GGUFReader:
     try:
         reader = _Reader(path)
     except Exception as error:  # of many kinds, all of them about the file
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not a readable GGUF file ({reason})") from None
+        raise ValueError(f"{path}: not a readable GGUF file ({one_line(error)})") from None
     if reader.byte_order != "I":
         raise ValueError(f"{path}: a GGUF file of the other byte order is not supported")
     architecture = _field(reader, "general.architecture", str)
@@ -331,8 +331,9 @@ def read_tokenizer(reader: gguf.GGUFReader) -> PreTrainedTokenizerBase | None:
     try:
         return _tokenizer(reader, None if kind == "llama" else _WORDS[words])
     except Exception as error:  # of many kinds, all of them about the file
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{_where(reader)}: the tokenizer cannot be read ({reason})") from None
+        raise ValueError(
+            f"{_where(reader)}: the tokenizer cannot be read ({one_line(error)})"
+        ) from None
 
 
 def _tokenizer(reader: gguf.GGUFReader, words: _Words | None) -> PreTrainedTokenizerFast:

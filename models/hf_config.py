@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from refine_af.models.config import MOST, MOST_LAYERS, LinearRope, Llama3Rope, ModelConfig
 from refine_af.models.family import Family
+from refine_af.models.one_line import one_line
 from refine_af.models.registry import FAMILIES
 
 Raw = dict[str, Any]  # content of a config.json
@@ -95,8 +96,7 @@ def _understood(raw: Raw, family: Family, where: str) -> PreTrainedConfig:
     try:
         return CONFIG_MAPPING[family.model_type].from_dict(copy.deepcopy(raw))
     except Exception as error:  # of many kinds, all of them about the file
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{where}: transformers does not accept it: {reason}") from None
+        raise ValueError(f"{where}: transformers does not accept it: {one_line(error)}") from None
 
 
 def _refuse_options(raw: Raw, theirs: PreTrainedConfig, family: Family, where: str) -> None:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from refine_af.models import processes
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.hf_config import read_json
+from refine_af.models.one_line import one_line
 from refine_af.models.registry import FAMILIES
 from refine_af.models.transformer import Params, logical_axes
 from refine_af.models.weights import (
@@ -167,8 +168,7 @@ def read_peft(directory: Path, model: ModelConfig) -> tuple[LoraConfig, Params]:
     try:
         tensors = load_file(directory / _WEIGHTS)
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{directory / _WEIGHTS}: not readable ({reason})") from None
+        raise ValueError(f"{directory / _WEIGHTS}: not readable ({one_line(error)})") from None
     table = {f"{_PREFIX}{module}": linear for linear, module in _table(model).items()}
     named = {
         linear: module

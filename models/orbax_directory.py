@@ -18,6 +18,7 @@ import tensorstore
 
 from refine_af.models.config import ModelConfig
 from refine_af.models.hf import Progress
+from refine_af.models.one_line import one_line
 from refine_af.models.transformer import Params
 from refine_af.models.weights import Index, Shape, Weights, check_shapes, flat, put
 
@@ -40,8 +41,9 @@ class OrbaxWeights(Weights):
                 tree = checkpointer.metadata(self._directory).item_metadata.tree
             self._stores = {path: self._open(path) for path, _ in flat(tree, _is_array)}
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            reason = _one_line(error)
-            raise ValueError(f"{self._directory}: not a readable checkpoint ({reason})") from None
+            raise ValueError(
+                f"{self._directory}: not a readable checkpoint ({one_line(error)})"
+            ) from None
         check_shapes({p: tuple(s.shape) for p, s in self._stores.items()}, config, str(directory))
 
     def _open(self, path: str) -> tensorstore.TensorStore:
@@ -70,8 +72,7 @@ class OrbaxWeights(Weights):
         try:
             return self._stores[path][index].read().result()
         except Exception as error:
-            reason = _one_line(error)
-            raise ValueError(f"{self._directory}: {path} is damaged ({reason})") from None
+            raise ValueError(f"{self._directory}: {path} is damaged ({one_line(error)})") from None
 
 
 def _is_array(node: Any) -> bool:
@@ -137,7 +138,7 @@ async def _write(store: tensorstore.TensorStore, piece: np.ndarray) -> None:
     try:
         await store.write(piece)
     except Exception as error:  # of one kind for all causes
-        raise OSError(_one_line(error)) from None
+        raise OSError(one_line(error)) from None
 
 
 def write(
@@ -179,14 +180,8 @@ def write(
         try:
             thread.submit(checkpointer.save, (directory / PARAMS).absolute(), args=args).result()
         except ValueError as error:  # TensorStore's, of what Orbax writes itself
-            raise OSError(_one_line(error)) from None
+            raise OSError(one_line(error)) from None
         finally:
             streamed.stopped = True
     if streamed.error:
         raise streamed.error
-
-
-def _one_line(error: Exception) -> str:
-    """Cause of an error, without the middle of it."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else f"{text[:120]} ... {text[-150:]}"

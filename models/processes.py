@@ -28,6 +28,7 @@ _LAUNCHERS = ("gketpu", "gcetpu", "slurm", "ompi")  # as jax.distributed names t
 _HEARTBEAT_TIMEOUT = 30  # seconds without a sign of life, then a process counts as dead
 _LOOK = 0.5  # seconds between two looks for the failure of another process
 _DAY = 24 * 3600 * 1000  # milliseconds; it is not by waiting that a death is noticed
+_SLICE = 1000  # milliseconds; a wait inside the client is deaf to signals
 _LONG = 20  # seconds of waiting for the others that call for a notice
 _WAITING = (
     "{}: still waiting for all processes to start; is one of them missing, or is the address of "
@@ -181,7 +182,7 @@ def once(action: Callable[[], T]) -> T:
         text = json.dumps(message, default=lambda array: array.tolist())
         client.key_value_set_bytes(call, text.encode())
     else:
-        message = json.loads(client.blocking_key_value_get_bytes(call, _DAY))
+        message = json.loads(_await(call))
         if "fault" in message:
             fault = _from_json(message["fault"])
         else:
@@ -192,6 +193,18 @@ def once(action: Callable[[], T]) -> T:
     if fault:
         raise fault
     return result
+
+
+def _await(call: str) -> bytes:
+    """What the writer says, however long that takes; Python's signals come between two looks."""
+    while True:
+        try:
+            text: bytes = _client().blocking_key_value_get_bytes(call, _SLICE)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+        else:
+            return text
 
 
 def _to_json(error: Exception) -> dict[str, Any]:

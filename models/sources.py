@@ -18,6 +18,7 @@ from refine_af.models import gguf, hf, hf_config, orbax_directory
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.config import ModelConfig
 from refine_af.models.hf_config import Raw
+from refine_af.models.one_line import one_line
 from refine_af.models.registry import PRESETS
 from refine_af.models.transformer import Params
 from refine_af.models.weights import RandomWeights, Weights
@@ -177,8 +178,7 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
         tokenizer.decode(tokenizer("a b").input_ids)  # some damage shows only then
         return tokenizer
     except Exception as error:  # of many kinds, all of them about the files
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{directory}: the tokenizer cannot be read ({reason})") from None
+        raise ValueError(f"{directory}: the tokenizer cannot be read ({one_line(error)})") from None
 
 
 def _fetch_hub(hub_id: str) -> Path:

@@ -18,6 +18,7 @@ from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 
 from refine_af.models.hf_config import read_json
+from refine_af.models.one_line import one_line
 from refine_af.models.weights import Index, Shape
 
 INDEX = "model.safetensors.index.json"
@@ -85,8 +86,7 @@ def _open(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="numpy") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())  # it quotes the header
-        raise ValueError(f"{file}: not a readable safetensors file ({reason})") from None
+        raise ValueError(f"{file}: not a readable safetensors file ({one_line(error)})") from None
 
 
 class TorchFiles(TensorFiles):
@@ -142,14 +142,12 @@ def _load_torch(file: Path) -> Mapping[str, Any]:
             file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
         )
     except pickle.UnpicklingError as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"{file}: refused, nothing of it was run: it is damaged or holds more than tensors "
-            f"({reason})"
+            f"({one_line(error)})"
         ) from None
     except Exception as error:  # of many kinds, all of them about the file
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file}: not a readable torch file ({reason})") from None
+        raise ValueError(f"{file}: not a readable torch file ({one_line(error)})") from None
     if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise ValueError(f"{file}: holds a {type(state).__name__}, expected tensors by name")
     return state

@@ -22,12 +22,14 @@ from orbax.checkpoint import checkpoint_managers
 
 from refine_af import interruptions, records
 from refine_af.models import processes, writing
+from refine_af.models.one_line import one_line
 from refine_af.progress import bar
 
 T = TypeVar("T")
 P = TypeVar("P")
 
-_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+# What is neither a damaged checkpoint nor a disk that takes none.
+_NOT_OF_FILES = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
 
 
 class DamagedError(ValueError):
@@ -180,18 +182,18 @@ def _writing(directory: Path) -> Iterator[None]:
     """Orbax and TensorStore have many kinds of errors for a disk that does not take a file."""
     try:
         yield
-    except _NOT_DAMAGE:
+    except _NOT_OF_FILES:
         raise
     except Exception as error:
         raise OSError(
-            f"{directory}: a checkpoint cannot be written ({_one_line(error)}); the ones before it "
+            f"{directory}: a checkpoint cannot be written ({one_line(error)}); the ones before it "
             "are whole"
         ) from None
 
 
 @jax.jit
 def _fingerprint(tree: Any) -> UInt32[Array, ""]:
-    """Sum of all bits, read as whole numbers: the same on every mesh, another after any flip."""
+    """Sum of all bits, read as whole numbers: the same on every mesh, another after one flip."""
 
     def bits(x: Array) -> Array:
         if x.dtype == jnp.bool_:
@@ -297,12 +299,12 @@ def _read(manager: ocp.CheckpointManager, step: int, wanted: Any) -> dict[str, A
         with interruptions.held():  # in a callback of TensorStore the exception would be lost
             unlike = _arrays(manager.item_metadata(step)) ^ _arrays(wanted)
             found = {} if unlike else handler.restore(path / "default", args=args)
-    except _NOT_DAMAGE:
+    except _NOT_OF_FILES:
         raise
     except Exception as error:  # Orbax and TensorStore raise many kinds
         if interruptions.received():  # it may be what a signal has become
             raise KeyboardInterrupt from None
-        raise DamagedError(f"{path}: the checkpoint is damaged ({_one_line(error)})") from None
+        raise DamagedError(f"{path}: the checkpoint is damaged ({one_line(error)})") from None
     if unlike:
         name, shape, dtype = min(unlike)
         raise OtherTreeError(
@@ -350,10 +352,6 @@ def _set_aside(manager: ocp.CheckpointManager, faults: Mapping[int, ValueError],
 
     processes.once(rename)
     manager.reload()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def latest_step(directory: Path) -> int:

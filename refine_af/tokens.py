@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from refine_af.models.one_line import one_line
+
 TokenIds = Sequence[int]
 _STEP = 64  # lengths are rounded up to a multiple of this, so that few programs are compiled
 
@@ -36,9 +38,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, text: str, fmt: str
         chat = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(chat, add_special_tokens=False).input_ids)
     except Exception as error:  # of any kind: a chat template is a small program of the model's
-        reason = " ".join(str(error).split())[:200]
+        name = f"{tokenizer.name_or_path}: " if tokenizer.name_or_path else ""
         raise ValueError(
-            f"prompt format {fmt!r}: this model's tokenizer or chat template fails ({reason})"
+            f"{name}prompt format {fmt!r}: the tokenizer or its chat template "
+            f"fails ({one_line(error)})"
         ) from None
 
 

@@ -31,6 +31,7 @@ from refine_af import base_model, config_reading, records, scoring, validation
 from refine_af import config as config_lib
 from refine_af.base_model import BaseModel
 from refine_af.models import heads, processes, transformer
+from refine_af.models.one_line import one_line
 from refine_af.models.transformer import Definition, Params
 from refine_af.models.weights import flat, misfits, put, refuse
 from refine_af.rewards import Example
@@ -239,8 +240,7 @@ def _read(path: Path, description: Description, base: BaseModel) -> Params:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not readable ({reason})") from None
+        raise ValueError(f"{path}: not readable ({one_line(error)})") from None
     shape = base_model.lora_config(description.lora)
     _, adapter = transformer.logical_axes(base.config, shape)
     wanted = {

@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of one property of test_fuzz*.py, by Atheris (pip install atheris).
 
-    python tests/coverage_fuzz.py test_gguf -max_total_time=600 -timeout=30
+    python tests/coverage_fuzz.py test_gguf -max_total_time=600 -timeout=60
 
 Further arguments are libFuzzer's. A failure is kept in .hypothesis, where pytest finds it.
 """

@@ -71,8 +71,11 @@ def watched() -> Iterator[None]:
     assert not _seen, _seen
 
 
-def read(reader: Callable[[], T], where: Path | str) -> T | None:
+def read(reader: Callable[[], T], *where: Path | str) -> T | None:
     """What a reader gives; None where it refuses, in one line that names the input.
+
+    Args:
+        where: the input; one of several will do.
 
     Whatever else it raises goes through, and so does a ValueError that no `raise` of this project
     made: a program would show its traceback.
@@ -84,7 +87,7 @@ def read(reader: Callable[[], T], where: Path | str) -> T | None:
             if not flags._is_for_user(error):
                 raise
             message = str(error)
-    assert str(where) in message, message
+    assert any(str(name) in message for name in where), message
     assert "\n" not in message, message
     return None
 

@@ -232,7 +232,7 @@ def test_a_chat_template_that_fails() -> None:
     tokenizer = byte_tokenizer()
     for template in ("{{ 1 / 0 }}", "{{", "{{ 'a' + 1 }}", "{{ ''.__class__.__mro__ }}"):
         tokenizer.chat_template = template
-        refusal(lambda: tokens.encode_prompt(tokenizer, "hi", "chat"), "chat template fails")
+        refusal(lambda: tokens.encode_prompt(tokenizer, "hi", "chat"), "its chat template fails")
 
 
 def test_a_tokenizer_that_fails_only_when_it_is_used(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_model_directories(data: st.DataObject) -> None:
     template.unlink(missing_ok=True)
     if data.draw(st.booleans()):
         template.write_text(data.draw(st.sampled_from(TEMPLATES)))
-    read(lambda: open_and_use(folder), "")
+    read(lambda: open_and_use(folder), folder)
 
 
 ADAPTER = FOLDER / "adapter"

@@ -45,6 +45,31 @@ def test_an_error_is_of_its_kind_on_the_other_side(error: Exception, kind: type[
     assert str(error) in str(there)
 
 
+class SlowWriter:
+    """A client whose key is there at the third look, none of which may be long."""
+
+    looks = 0
+
+    def blocking_key_value_get_bytes(self, _: str, milliseconds: int) -> bytes:
+        assert milliseconds <= 1000
+        self.looks += 1
+        if self.looks < 3:
+            raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+        return b'{"result": 5}'
+
+    def wait_at_barrier(self, *_: Any) -> None:
+        pass
+
+
+def test_who_waits_for_the_writer_hears_signals_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = SlowWriter()
+    monkeypatch.setattr(processes, "several", lambda: True)
+    monkeypatch.setattr(processes, "is_writer", lambda: False)
+    monkeypatch.setattr(processes, "_client", lambda: writer)
+    assert processes.once(lambda: 1) == 5
+    assert writer.looks == 3
+
+
 SLURM = {
     "SLURM_JOB_ID": "1",
     "SLURM_STEP_NODELIST": "a",
