@@ -6,6 +6,7 @@ Hardware: 2 CPU cores, 4 GiB. See the README for the measured time and scores.
 """
 
 from refine_af.config import (
+    DataSet,
     Evaluation,
     Experiment,
     Instances,
@@ -69,6 +70,7 @@ def get_config() -> Experiment:
                 temperature=0.7, top_p=0.9, max_new_tokens=96, stop=("\n\n", "\nTask:")
             ),
         ),
+        dataset=DataSet(license="apache-2.0"),  # the model's
         sft=Sft(
             format="chat",
             num_epochs=2,

@@ -3,23 +3,57 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from absl import flags as absl_flags
 from absl.flags import FlagHolder
 
-from refine_af import mesh, oracles, pipeline, rlaf
+from refine_af import checkpoints, mesh, pipeline
+from refine_af.arms import ARMS, REFINE_AF
 from refine_af.launch import flags
+from refine_af.validation import require_one_of
 
 
-def run(names: Sequence[str], workdir: "FlagHolder[str | None]", force: "FlagHolder[bool]") -> None:
-    """Run the named stages one after another in `--workdir`."""
+def run(
+    names: Sequence[str],
+    workdir: "FlagHolder[str | None]",
+    force: "FlagHolder[bool]",
+    arms: Sequence[str] = (REFINE_AF,),
+) -> pipeline.Run:
+    """Run the named stages one after another in `--workdir`, each for all `arms`."""
     directory = Path(flags.require(workdir)).expanduser()
     config = flags.experiment()
-    will_score = {"generate_instructions", "train_ppo"} & set(names)
-    if will_score and not rlaf.finished(config, directory):
-        oracles.check(config)
+    job = pipeline.Run(config, directory, arms)
+    job.check(names)
     if "finetune" in names:
         size, pieces = config.sft.batch_size, config.sft.num_microbatches
         mesh.check_batch("sft", size, pieces, mesh.make_mesh(config.mesh))
     pipeline.claim(config, directory, force=force.value)
-    job = pipeline.Run(config, directory)
     for name in names:
-        pipeline.run_stage(job, name)
+        try:
+            pipeline.run_stage(job, name)
+        except checkpoints.DamagedError:  # it was set aside: PPO goes on from the one before
+            if name != "generate_instances" or "train_ppo" not in names:
+                raise
+            for again in ("train_ppo", name):
+                pipeline.run_stage(job, again)
+    return job
+
+
+def arms_flag() -> "FlagHolder[list[str]]":
+    """`--arms`, for programs whose stages an arm has for itself."""
+    return absl_flags.DEFINE_list(
+        "arms",
+        [REFINE_AF],
+        "Arms of the run: refine_af, the method, and self_instruct, the same without PPO.",
+    )
+
+
+def chosen(arms: "FlagHolder[list[str]]") -> list[str]:
+    """The arms of `--arms`, in their order of work.
+
+    Raises:
+        ValueError: one is not known, or there is none.
+    """
+    given = [name.strip() for name in arms.value]
+    for name in given or [""]:
+        require_one_of("--arms", name, ARMS)
+    return [arm for arm in ARMS if arm in given]

@@ -10,13 +10,22 @@ from pathlib import Path
 
 from absl import flags as absl_flags
 
-from refine_af import benchmark_sampling, benchmark_scoring, benchmark_update, benchmarks, records
+from refine_af import (
+    benchmark_novelty,
+    benchmark_sampling,
+    benchmark_scoring,
+    benchmark_update,
+    benchmarks,
+    records,
+)
 from refine_af.benchmarks import Limits, Row
 from refine_af.config import Model
 from refine_af.launch import flags
 from refine_af.progress import bar
 
-_SUITE = absl_flags.DEFINE_list("suite", ["sample"], "Suites to run: sample, score, update.")
+_SUITE = absl_flags.DEFINE_list(
+    "suite", ["sample"], "Suites to run: sample, score, update, novelty."
+)
 _CASES = absl_flags.DEFINE_list("cases", None, "Only these cases; default: all of the suites.")
 _MODEL = absl_flags.DEFINE_string("model", "smollm2-135m-instruct", "As in `generate`.")
 _DTYPE = absl_flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of everything.")
@@ -27,6 +36,7 @@ SUITES: dict[str, tuple[list[str], Callable[[Model, Limits, int, list[str]], Ite
     "sample": (list(benchmark_sampling.CASES), benchmark_sampling.rows),
     "score": (list(benchmark_scoring.CASES), benchmark_scoring.rows),
     "update": (list(benchmark_update.CASES), benchmark_update.rows),
+    "novelty": (list(benchmark_novelty.CASES), benchmark_novelty.rows),
 }
 _COLUMNS = (
     "suite",

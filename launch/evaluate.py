@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from refine_af import base_model, evaluation, records, superni
-from refine_af.config import Evaluation, Mesh, Model
+from refine_af.config import TRACKS, Evaluation, Mesh, Model
 from refine_af.launch import _stages, flags
 
 _WORKDIR = flags.workdir_flags()
@@ -25,6 +25,9 @@ _TASKS = absl_flags.DEFINE_string(
     "tasks", "", "Directory of task files; the bundled ones if empty."
 )
 _SPLIT = absl_flags.DEFINE_string("split", "", "File with a task name a line; all if empty.")
+_TRACK = absl_flags.DEFINE_enum(
+    "track", "default", TRACKS, "ROUGE-L of English words, or (xlingual) of GPT-2's tokens."
+)
 _OUTPUT = absl_flags.DEFINE_string("output", None, "Directory for predictions and scores.")
 _NUM_EXAMPLES = absl_flags.DEFINE_integer("num_examples", 2, "Demonstrations.", lower_bound=0)
 _FORMAT = absl_flags.DEFINE_enum("format", "raw", ["raw", "chat"], "How prompts are framed.")
@@ -48,6 +51,7 @@ def main() -> None:
     options = Evaluation(
         tasks=_TASKS.value,
         split=_SPLIT.value,
+        track=_TRACK.value,
         num_examples=_NUM_EXAMPLES.value,
         format=_FORMAT.value,
         batch_size=_BATCH_SIZE.value,
@@ -56,15 +60,14 @@ def main() -> None:
     if _PREDICTIONS.value:
         rows = flags.read_input(Path(_PREDICTIONS.value), ("id", "prediction"))
         found = {row["id"]: row["prediction"] for row in rows}
-        ids = [instance.id for task in tasks for instance in task.instances]
-        if not found.keys() & set(ids):
-            raise ValueError(f"{_PREDICTIONS.value}: no id is one of the tasks', such as {ids[0]}")
-        result = {"arms": {"predictions": superni.score(tasks, found)}}
-        records.write_text(output / evaluation.SCORES, json.dumps(result, indent=1) + "\n")
+        evaluation.check_predictions(found, tasks, Path(_PREDICTIONS.value))
+        arms = {"predictions": found}
+        result = evaluation.write_scores_of(arms, tasks, output / evaluation.SCORES)
     else:
         result = _evaluate_model(options, tasks, output)
     for arm, scores in result["arms"].items():
         print(f"{arm}: {json.dumps(scores['all'])}")
+        print(evaluation.as_table(scores))
 
 
 def _evaluate_model(options: Evaluation, tasks: list[superni.Task], output: Path) -> dict[str, Any]:

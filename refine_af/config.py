@@ -5,17 +5,16 @@ Experiments are files in `configs/` whose `get_config()` returns an `Experiment`
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
 import re
-import sys
-import typing
 import warnings
-from typing import Any
+
+from refine_af.validation import require, require_at_least, require_one_of, require_positive
 
 DTYPES = ("float32", "bfloat16")
+TRACKS = ("default", "xlingual")  # of Super-NaturalInstructions: English, cross-lingual
 PROMPT_FORMATS = ("raw", "chat")  # as it is; as the user's turn of a chat
 SFT_FORMATS = ("alpaca", "chat")
 # What the backward pass computes again of a layer: nothing, all but linear maps, all.
@@ -28,37 +27,11 @@ TRACKERS = ("tensorboard", "wandb")
 ESTIMATORS = ("gae", "rloo", "grpo")
 KL_CONTROLLERS = ("adaptive", "fixed")
 NORMALISATIONS = ("none", "batch")  # as they are; mean 0 and deviation 1 over the batch's answers
+FILTERS = ("none", "reward", "share")  # rows with so much reward; the best share of the rows
 PAPER_COMPONENTS = ("rew", "nat", "und", "coh")
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
 _LEAST_TEMPERATURE = 1e-4  # below, logits divided by it overflow
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # of a block, by the names of models.layers
-
-
-def require(condition: bool, what: str) -> None:
-    """Raise ValueError with `what` unless `condition` holds."""
-    if not condition:
-        raise ValueError(what)
-
-
-def require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is in `allowed`; names the nearest."""
-    near = difflib.get_close_matches(value, allowed, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    require(value in allowed, f"{name}={value!r}: expected one of {allowed}{hint}")
-
-
-def require_at_least(minimum: int, config: Any, section: str, *names: str) -> None:
-    """Raise ValueError unless each named field of `config` is at least `minimum`."""
-    for name in names:
-        value = getattr(config, name)
-        require(value >= minimum, f"{section}{name}={value}: expected at least {minimum}")
-
-
-def require_positive(config: Any, section: str, *names: str) -> None:
-    """Raise ValueError unless each named field of `config` is above 0."""
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{section}{name}={value}: expected > 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -245,7 +218,7 @@ class Ppo:
     value_clip_eps: float = 0.2
     value_coef: float = 0.1  # of gae
     entropy_coef: float = 0.0
-    kl_coef: float = 0.1  # at the start
+    kl_coef: float = 0.1  # of the adaptive controller: at the start
     kl_controller: str = "adaptive"  # one of KL_CONTROLLERS
     kl_target: float = 6.0  # summed over an answer, nats; of the adaptive controller
     kl_horizon: int = 10_000  # answers
@@ -292,6 +265,25 @@ class Ppo:
             f"ppo.whiten_rewards=True: {self.estimator} has no token rewards",
         )
         require(
+            self.estimator == "gae" or (self.critic == "shared" and self.critic_warmup == 0),
+            f"ppo.critic={self.critic}, critic_warmup={self.critic_warmup}: {self.estimator} has "
+            "no critic, expected shared and 0",
+        )
+        require(
+            self.critic_warmup < self.num_steps,
+            f"ppo.critic_warmup={self.critic_warmup}: expected below num_steps={self.num_steps}",
+        )
+        require(
+            self.kl_controller == "fixed" or self.kl_coef > 0,
+            f"ppo.kl_coef={self.kl_coef}: the adaptive controller multiplies it; expected above 0, "
+            "or kl_controller=fixed",
+        )
+        require(
+            not (self.sample_ahead and self.max_update_kl),
+            "ppo.sample_ahead=True: its answers are of the policy one step back, which "
+            "max_update_kl takes for one that has moved; expected one of them",
+        )
+        require(
             self.dual_clip == 0 or self.dual_clip > 1,
             f"ppo.dual_clip={self.dual_clip}: expected 0 or above 1",
         )
@@ -324,12 +316,44 @@ class Instances:
     batch_size: int
     answers_per_instruction: int  # samples drawn for each
     max_per_instruction: int = 5  # kept for each
+    score: bool = True  # every pair that is kept, by the oracle of stage 2
     sampling: Sampling
 
     def __post_init__(self) -> None:
         """Validate."""
         counts = ("batch_size", "answers_per_instruction", "max_per_instruction")
         require_at_least(1, self, "instances.", *counts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """What of the instances becomes the data set, on which the base model is fine-tuned."""
+
+    license: str = "other"  # of the card, as the hub spells it
+    filter: str = "none"  # by the rows' reward, one of FILTERS
+    filter_at: float = 0.0  # the least reward, or the share
+    others: tuple[str, ...] = ()  # files of other sets; what they ask for is left out
+    max_similarity: float = 0.7  # ROUGE-L F with what the other sets ask for
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        require_one_of("dataset.filter", self.filter, FILTERS)
+        require(
+            self.filter != "share" or 0 < self.filter_at <= 1,
+            f"dataset.filter_at={self.filter_at}: expected a share in (0, 1]",
+        )
+        require(
+            self.filter != "none" or self.filter_at == 0,
+            f"dataset.filter_at={self.filter_at}: needs dataset.filter, 'reward' or 'share'",
+        )
+        require(
+            0 < self.max_similarity <= 1,
+            f"dataset.max_similarity={self.max_similarity}: expected in (0, 1]",
+        )
+        require(
+            re.fullmatch("[a-z0-9.+-]+", self.license) is not None,
+            f"dataset.license={self.license!r}: expected one of the hub's names, as apache-2.0",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -379,6 +403,7 @@ class Evaluation:
 
     tasks: str = ""  # directory of task files; empty: the bundled ones
     split: str = ""  # file with a task name a line; empty: all tasks in the directory
+    track: str = "default"  # one of TRACKS: what counts as a word in ROUGE-L
     num_examples: int  # demonstrations in the prompt
     max_instances: int = 100  # of each task
     max_source_tokens: int = 1024
@@ -389,6 +414,7 @@ class Evaluation:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("evaluation.format", self.format, PROMPT_FORMATS)
+        require_one_of("evaluation.track", self.track, TRACKS)
         require_at_least(0, self, "evaluation.", "num_examples")
         counts = ("max_instances", "max_source_tokens", "batch_size", "max_new_tokens")
         require_at_least(1, self, "evaluation.", *counts)
@@ -416,6 +442,7 @@ class Experiment:
     reward: Reward
     ppo: Ppo
     instances: Instances
+    dataset: DataSet = DataSet()
     sft: Sft
     evaluation: Evaluation
 
@@ -428,6 +455,10 @@ class Experiment:
             f"ppo.num_eval_prompts={self.ppo.num_eval_prompts}: must be below "
             f"instructions.num_instructions={total}, or nothing is left to train on",
         )
+        require(
+            self.dataset.filter == "none" or self.instances.score,
+            f"dataset.filter={self.dataset.filter!r}: needs instances.score, the rows' reward",
+        )
 
 
 def config_hash(config: Experiment) -> str:
@@ -439,41 +470,3 @@ def config_hash(config: Experiment) -> str:
     del values["mesh"]
     text = json.dumps(values, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def from_dict(cls: type[Any], values: dict[str, Any], path: str = "") -> Any:
-    """Rebuild a (nested) config dataclass, which validates it.
-
-    A whole number becomes a float, and a list a tuple, where the field is one.
-
-    Raises:
-        ValueError: a value, named after `path`, is missing, has the wrong type or is not possible.
-    """
-    where = path.removesuffix(".") or cls.__name__
-    require(isinstance(values, dict), f"{where}={values!r}: expected the fields of {cls.__name__}")
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        name = path + field.name
-        require(field.name in values, f"{name!r} is missing")
-        value = values[field.name]
-        if dataclasses.is_dataclass(field.type):
-            fields[field.name] = from_dict(typing.cast(type, field.type), value, f"{name}.")
-        else:
-            fields[field.name] = _typed(name, field.type, value)
-    return cls(**fields)
-
-
-def _typed(name: str, kind: Any, value: Any) -> Any:
-    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
-        value = float(value)
-    if kind in (bool, int, float, str):
-        require(type(value) is kind, f"{name}={value!r}: expected {kind.__name__}")
-        require(
-            kind is not float or math.isfinite(value), f"{name}={value}: expected a finite number"
-        )
-        return value
-    assert typing.get_origin(kind) is tuple, f"{name}: fields of type {kind} cannot be read"
-    item = typing.get_args(kind)[0]
-    fits = isinstance(value, list | tuple) and all(type(x) is item for x in value)
-    require(fits, f"{name}={value!r}: expected a list of {item.__name__}")
-    return tuple(value)

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from transformers import PreTrainedTokenizerBase
 
+from refine_af import comparison, records, superni, tokens
 from refine_af import config as config_lib
-from refine_af import records, superni, tokens
 from refine_af.config import Sampling
 from refine_af.engine import Engine
+from refine_af.models import processes
 from refine_af.models.transformer import Params
 from refine_af.progress import bar
 from refine_af.requests import Request
@@ -27,7 +29,7 @@ def load_tasks(options: config_lib.Evaluation) -> list[Task]:
     """Tasks that the options name; the bundled ones by default."""
     directory = Path(options.tasks) if options.tasks else EVALUATION_DIR
     split = Path(options.split) if options.split else None
-    return superni.load_tasks(directory, split, options.max_instances)
+    return superni.load_tasks(directory, split, options.max_instances, options.track)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +109,73 @@ def predict(
 
 
 def write_scores(tasks: Sequence[Task], predictions: Path, target: Path) -> dict[str, Any]:
-    """Score every arm of a predictions file and write `{"arms": {name: scores}}`."""
+    """Score every arm of a predictions file, as `write_scores_of`."""
     arms: dict[str, dict[str, str]] = {}
     for row in records.read_rows(predictions, _FIELDS):
         arms.setdefault(row["arm"], {})[row["id"]] = row["prediction"]
-    result: dict[str, Any] = {
-        "arms": {arm: superni.score(tasks, found) for arm, found in arms.items()}
+    return write_scores_of(arms, tasks, target)
+
+
+def write_scores_of(
+    arms: Mapping[str, Mapping[str, str]], tasks: Sequence[Task], target: Path
+) -> dict[str, Any]:
+    """Score predictions by arm and instance id, and write the scores as JSON.
+
+    Returns:
+        What is written: `arms`, for each what `superni.score` returns; `comparison`, the outcomes
+        of `refine_af` against `base` where there are both; `instances`, the ROUGE-L (x 100, 4
+        decimals) of each instance by arm, task and id, which a comparison of runs needs.
+    """
+    return processes.once(lambda: _write_scores_of(arms, tasks, target))
+
+
+def _write_scores_of(
+    arms: Mapping[str, Mapping[str, str]], tasks: Sequence[Task], target: Path
+) -> dict[str, Any]:
+    single = {arm: superni.score_instances(tasks, found) for arm, found in arms.items()}
+    scores = {arm: superni.summarize(tasks, found) for arm, found in single.items()}
+    result: dict[str, Any] = {"arms": scores}
+    if {"base", "refine_af"} <= scores.keys():
+        rouge = [comparison.by_task(scores[arm]) for arm in ("base", "refine_af")]
+        result["comparison"] = comparison.outcomes(*rouge)
+    result["instances"] = {
+        arm: {
+            task.name: {each.id: round(100 * found[each.id][1], 4) for each in task.instances}
+            for task in tasks
+        }
+        for arm, found in single.items()
     }
-    if {"base", "refine_af"} <= result["arms"].keys():
-        result["comparison"] = superni.compare(result["arms"]["base"], result["arms"]["refine_af"])
     records.write_text(target, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def check_predictions(predictions: Mapping[str, str], tasks: Sequence[Task], where: Path) -> None:
+    """Warn of instances without a prediction, which count as the empty string.
+
+    Raises:
+        ValueError: no prediction is for any instance.
+    """
+    ids = [instance.id for task in tasks for instance in task.instances]
+    missing = [id for id in ids if id not in predictions]
+    if len(missing) == len(ids):
+        raise ValueError(f"{where}: no id is one of the tasks', such as {ids[0]}")
+    if missing:
+        text = "%s: %d of %d instances have no prediction and count as empty, the first is %s"
+        logging.warning(text, where, len(missing), len(ids), missing[0])
+
+
+def as_table(scores: Mapping[str, Any]) -> str:
+    """Scores of one arm as text: a line for each task, for each category and for all."""
+    rows = [
+        *(("task", name, row) for name, row in scores["tasks"].items()),
+        *(("category", name, row) for name, row in scores["categories"].items()),
+        ("all", "", scores["all"]),
+    ]
+    width = max(len(name) for _, name, _ in rows)
+    lines = [f"{'':8} {'':{width}} {'instances':>9} {'exact_match':>11} {'rougeL':>8}"]
+    lines += [
+        f"{kind:8} {name:{width}} {row['instances']:9} {row['exact_match']:11.4f} "
+        f"{row['rougeL']:8.4f}"
+        for kind, name, row in rows
+    ]
+    return "\n".join(lines)

@@ -32,7 +32,6 @@ CHECKPOINTS = "sft/checkpoints"
 METRICS = "sft/metrics.jsonl"
 ADAPTER = "sft/adapter"  # in PEFT's format
 EXPORT = "sft/hf"
-_MAX_SKIPPED = 5
 
 Pair = tuple[list[int], list[int]]  # ids of the prompt and of the response
 
@@ -202,7 +201,7 @@ class FinetuningStage:
             if held_out and (step + 1) % per_epoch == 0:
                 loss = row["eval_loss"] = self._eval_loss(definition, state, held_out)
                 losses.update({step + 1: loss} if math.isfinite(loss) else {})
-            training.check_skipped(state, _MAX_SKIPPED, f"fine-tuning step {step}")
+            training.check_skipped(state, f"fine-tuning step {step}")
             records.append_rows(self.workdir / METRICS, [row])
             rate = f"{row['time/tokens_per_second']:.0f}"
             return state, {"loss": f"{row['loss']:.3f}", "tokens_per_second": rate}

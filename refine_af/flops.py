@@ -6,11 +6,12 @@ MFU is the share of the peak that the *model's* operations reach (Chowdhery et a
 
 import functools
 import math
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from refine_af import benchmarks
 from refine_af.config import Ppo
 from refine_af.models.config import ModelConfig
 from refine_af.models.weights import expected_shapes
@@ -32,12 +33,32 @@ _SIZE = 2048  # of the product that is measured where the device is not known
 
 @functools.cache
 def peak(dtype: str) -> float:
-    """Operations a second of all devices: as the maker says, or measured in a tenth of a second."""
+    """Operations a second of all devices.
+
+    As the maker says of bfloat16, or measured in a tenth of a second in `dtype`.
+    """
     kind = jax.devices()[0].device_kind
     if kind in _PEAKS:
         return _PEAKS[kind] * jax.device_count()
     # Simulated devices share one processor, so that its rate is that of all.
-    return benchmarks.product_rate(jnp.dtype(dtype), _SIZE)
+    return product_rate(jnp.dtype(dtype), _SIZE)
+
+
+def product_rate(dtype: jnp.dtype, size: int) -> float:
+    """Largest measured operations a second of a product of two `size x size` matrices."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: jnp.dot(a, a, preferred_element_type=jnp.float32))
+    return 2 * size**3 / fastest(lambda: product(x))
+
+
+def fastest(run: Callable[[], jax.Array]) -> float:
+    """Seconds of the fastest of five runs behind a first one."""
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        run().block_until_ready()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
 
 
 def forward(model: ModelConfig, num_tokens: int, num_predictions: int) -> float:

@@ -195,8 +195,9 @@ class InstructionStage:
     ) -> tuple[list[Row], list[Row]]:
         accepted: list[Row] = []
         rejected: list[Row] = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            complete, cut = parse(completion.text, cut=completion.finish_reason == "length")
+        parsed = [parse(c.text, cut=c.finish_reason == "length") for c in completions]
+        self.pool.prepare([text for complete, _ in parsed for text in complete])
+        for prompt, (complete, cut) in zip(prompts, parsed, strict=True):
             rejected += [self._rejection(text, "incomplete") for text in cut]
             for text in complete:
                 row = self._judge(text, prompt, len(self.accepted) + len(accepted))

@@ -39,12 +39,6 @@ def of_targets(
     padded = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     wanted = jnp.pad(targets, ((0, 0), (0, padding)))
     heat = jax.lax.stop_gradient(jnp.asarray(temperature, jnp.float32))
-    of_rows = functools.partial(_of_rows, model.config, heat, model.head_kernel)
-
-    def chunk(pieces: tuple[Array, Array]) -> tuple[Array, Array]:
-        chosen, entropy = of_rows(pieces[0].reshape(-1, dim), pieces[1].reshape(-1))
-        return chosen.reshape(batch, -1), entropy.reshape(batch, -1)
-
     chunks = (
         padded.reshape(batch, -1, columns, dim).swapaxes(0, 1),
         wanted.reshape(batch, -1, columns).swapaxes(0, 1),
@@ -53,21 +47,57 @@ def of_targets(
     def joined(x: Array) -> Array:
         return x.swapaxes(0, 1).reshape(batch, -1)[:, :length]
 
-    chosen, entropy = jax.lax.map(chunk, chunks)
+    chosen, entropy = _of_chunks(model.config, heat, model.head_kernel, *chunks)
     return joined(chosen), joined(entropy)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _of_rows(
+def _of_chunks(
     config: ModelConfig,
     heat: Float[Array, ""],
     kernel: Float[Array, "..."],
-    hidden: Float[Array, "T D"],
-    targets: Int[Array, "T"],
-) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
-    """`of_targets` of rows, block by block of the vocabulary."""
-    chosen, entropy, _ = _stream(config, heat, kernel, hidden, targets)
-    return chosen, entropy
+    hidden: Float[Array, "N B K D"],
+    targets: Int[Array, "N B K"],
+) -> tuple[Float[Array, "N B K"], Float[Array, "N B K"]]:
+    """`of_targets` of N pieces, one after another."""
+    return _forward(config, heat, kernel, hidden, targets)[0]
+
+
+def _forward(
+    config: ModelConfig, heat: Array, kernel: Array, hidden: Array, targets: Array
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    def chunk(piece: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        found = _stream(config, heat, kernel, *map(_flat, piece, (1, 0)))
+        return jax.tree.map(lambda x: x.reshape(piece[1].shape), found)
+
+    chosen, entropy, normaliser = jax.lax.map(chunk, (hidden, targets))
+    return (chosen, entropy), (heat, kernel, hidden, targets, entropy, normaliser)
+
+
+def _backward(
+    config: ModelConfig, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array, Array, Array, None]:
+    """The gradient of the kernel is added up over the pieces in float32, whatever its dtype."""
+    heat, kernel, hidden, targets, entropy, normaliser = saved
+
+    def chunk(total: Array, piece: tuple[Array, ...]) -> tuple[Array, Array]:
+        rows, *rest = map(_flat, piece, (1, 0, 0, 0, 0, 0))
+        of_hidden, of_kernel = _pull(config, heat, kernel, rows, *rest)
+        return total + of_kernel, of_hidden.reshape(piece[0].shape)
+
+    start = jnp.zeros(kernel.shape, jnp.float32)
+    pieces = hidden, targets, entropy, normaliser, *cotangents
+    of_kernel, of_hidden = jax.lax.scan(chunk, start, pieces)
+    of_heat = jnp.zeros_like(heat)  # nobody asks for it
+    return of_heat, of_kernel.astype(kernel.dtype), of_hidden, None
+
+
+_of_chunks.defvjp(_forward, _backward)
+
+
+def _flat(x: Array, features: int) -> Array:
+    """Rows of all leading axes; the last `features` axes stay."""
+    return x.reshape(-1, *x.shape[x.ndim - features :])
 
 
 def _stream(
@@ -96,21 +126,21 @@ def _stream(
     return chosen - normaliser, jnp.log(total) - mean / total, normaliser
 
 
-def _forward(
-    config: ModelConfig, heat: Array, kernel: Array, hidden: Array, targets: Array
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
-    chosen, entropy, normaliser = _stream(config, heat, kernel, hidden, targets)
-    return (chosen, entropy), (heat, kernel, hidden, targets, entropy, normaliser)
-
-
-def _backward(
+def _pull(
     config: ModelConfig,
-    saved: tuple[Array, ...],
-    cotangents: tuple[Array, Array],
-) -> tuple[Array, Array, Array, None]:
-    """Logits once more: `d chosen = hit - p`, `d entropy = -p (log p + entropy)` by logit."""
-    heat, kernel, hidden, targets, entropy, normaliser = saved
-    of_chosen, of_entropy = (x[:, None] for x in cotangents)
+    heat: Array,
+    kernel: Array,
+    hidden: Array,
+    targets: Array,
+    entropy: Array,
+    normaliser: Array,
+    of_chosen: Array,
+    of_entropy: Array,
+) -> tuple[Array, Array]:
+    """(cotangent of `hidden`, of `kernel`) from those of `_stream`'s first two results.
+
+    Logits once more: `d chosen = hit - p`, `d entropy = -p (log p + entropy)` by logit.
+    """
 
     def block(total: Array, index: Array) -> tuple[Array, Array]:
         index = _tied(index, hidden)
@@ -120,17 +150,14 @@ def _backward(
         logprobs = logits - normaliser[:, None]
         p = jnp.exp(logprobs)
         hits = _entries(config, index)[None] == targets[:, None]
-        slope = of_chosen * (hits - p) - of_entropy * p * (logprobs + entropy[:, None])
+        slope = of_chosen[:, None] * (hits - p)
+        slope -= of_entropy[:, None] * p * (logprobs + entropy[:, None])
         of_hidden, of_kernel = pull(slope)
         return total + of_hidden.astype(jnp.float32), of_kernel
 
     blocks = jnp.arange(_num_blocks(config.vocab_size))
     of_hidden, of_kernel = jax.lax.scan(block, jnp.zeros(hidden.shape, jnp.float32), blocks)
-    of_heat = jnp.zeros_like(heat)  # nobody asks for it
-    return of_heat, _whole(config, of_kernel), of_hidden.astype(hidden.dtype), None
-
-
-_of_rows.defvjp(_forward, _backward)
+    return of_hidden.astype(hidden.dtype), _whole(config, of_kernel)
 
 
 def _tied(index: Array, hidden: Array) -> Array:

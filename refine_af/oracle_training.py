@@ -17,7 +17,7 @@ import optax
 from jaxtyping import Array, Float
 
 from refine_af import config as config_lib
-from refine_af import oracle_examples, trained_oracle, training
+from refine_af import oracle_examples, trained_oracle, training, validation
 from refine_af.base_model import BaseModel
 from refine_af.mesh import shard_batch
 from refine_af.models import heads
@@ -30,7 +30,6 @@ from refine_af.rewards import Example
 from refine_af.trained_oracle import HEADS, Description
 from refine_af.training import TrainState
 
-_MAX_SKIPPED = 5
 _CENTRING = 0.01
 _WARMUP_SHARE = 0.1  # of all steps
 _MAX_GRAD_NORM = 1.0
@@ -49,10 +48,10 @@ class OracleOptions:
 
     def __post_init__(self) -> None:
         """Validate."""
-        config_lib.require_at_least(0, self, "", "seed")
-        config_lib.require_at_least(1, self, "", "num_epochs", "batch_size")
-        config_lib.require_at_least(16, self, "", "max_length")
-        config_lib.require_positive(self, "", "learning_rate")
+        validation.require_at_least(0, self, "", "seed")
+        validation.require_at_least(1, self, "", "num_epochs", "batch_size")
+        validation.require_at_least(16, self, "", "max_length")
+        validation.require_positive(self, "", "learning_rate")
 
 
 def bradley_terry(
@@ -196,7 +195,7 @@ def train(
             row: Row = {"step": step} | {name: float(value) for name, value in figures.items()}
             count = int(np.count_nonzero(batch.tokens))
             row["time/tokens_per_second"] = count / (time.monotonic() - began)
-            training.check_skipped(state, _MAX_SKIPPED, f"oracle step {step}")
+            training.check_skipped(state, f"oracle step {step}")
             record(row)
             progress.update()
             progress.count_tokens(count)

@@ -1,4 +1,8 @@
-"""The stages in their order, each of which takes up what the workdir holds."""
+"""The stages in their order, each of which takes up what the workdir holds.
+
+What belongs to one arm of a run alone is in that arm's folder (`arms.folder`), all else in the
+workdir: instructions, the evaluation and the report are of all arms.
+"""
 
 import contextlib
 import dataclasses
@@ -6,7 +10,8 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +27,13 @@ from refine_af import (
     instructions,
     memory,
     oracles,
+    other_sets,
     ppo_evaluation,
     records,
     rlaf,
     seeds,
 )
+from refine_af.arms import ARMS, REFINE_AF, folder
 from refine_af.base_model import BaseModel
 from refine_af.config import Experiment, config_hash
 from refine_af.evaluation import PREDICTIONS, SCORES
@@ -64,7 +71,7 @@ def _claim(config: Experiment, workdir: Path, force: bool) -> None:
     earlier = set(listed)
     for where, theirs in {
         path: known.get("hash"),
-        **{folder: checkpoints.config_of(folder) for folder in _checkpoints(workdir)},
+        **{saved: checkpoints.config_of(saved) for saved in _checkpoints(workdir)},
     }.items():
         if theirs in (None, mine, *earlier):
             continue
@@ -82,7 +89,8 @@ def _claim(config: Experiment, workdir: Path, force: bool) -> None:
 
 
 def _checkpoints(workdir: Path) -> list[Path]:
-    return [workdir / stage.CHECKPOINTS for stage in (rlaf, finetuning)]
+    tuned = [folder(workdir, arm) / finetuning.CHECKPOINTS for arm in ARMS]
+    return [workdir / rlaf.CHECKPOINTS, *tuned]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +99,7 @@ class Run:
 
     config: Experiment
     workdir: Path
+    arms: Sequence[str] = (REFINE_AF,)  # of ARMS
 
     @functools.cached_property
     def seeds(self) -> list[SeedTask]:
@@ -121,10 +130,20 @@ class Run:
             )
         return stage.accepted
 
-    @property
-    def has_dataset(self) -> bool:
-        """Whether stage 3 has finished: the card is the last that it writes."""
-        return records.exists(self.workdir / "dataset/README.md")
+    def check(self, names: Sequence[str]) -> None:
+        """Find what the named stages need without reading a model: a run is old when it is needed.
+
+        Raises:
+            ValueError: the oracle, or another set that the config names, cannot be found.
+        """
+        trains = REFINE_AF in self.arms and {"generate_instructions", "train_ppo"} & {*names}
+        writes = {"generate_instructions", "train_ppo", "generate_instances"} & {*names}
+        pending = not all(dataset.finished(folder(self.workdir, arm)) for arm in self.arms)
+        scores = writes and self.config.instances.score and pending
+        if (trains and not rlaf.finished(self.config, self.workdir)) or scores:
+            oracles.check(self.config)
+        if writes and pending:
+            processes.once(lambda: other_sets.check(self.config.dataset))
 
 
 # A stage returns whether there was anything to do.
@@ -141,7 +160,9 @@ def generate_instructions(run: Run) -> bool:
 
 
 def train_ppo(run: Run) -> bool:
-    """Stage 2."""
+    """Stage 2; the other arm does without."""
+    if REFINE_AF not in run.arms:
+        return False
     rows = run.accepted_instructions()
     if rlaf.finished(run.config, run.workdir):
         return False
@@ -153,40 +174,64 @@ def train_ppo(run: Run) -> bool:
 
 
 def generate_instances(run: Run) -> bool:
-    """Stage 3, and the data set."""
-    if run.has_dataset:
+    """Stage 3, and the data set, of each arm."""
+    return any([_generate_instances(run, arm, folder(run.workdir, arm)) for arm in run.arms])
+
+
+def _generate_instances(run: Run, arm: str, target: Path) -> bool:
+    if dataset.finished(target):
         return False
     rows = run.accepted_instructions()
-    params = rlaf.tuned_policy(run.config, run.base, run.workdir)
-    InstanceStage(run.config, run.base, run.seeds, rows, run.workdir).run(params)
-    files = {instances.ACCEPTED: dataset.FIELDS, instances.REJECTED: ("reason",)}
-    kept, dropped = (records.read_rows(run.workdir / name, files[name]) for name in files)
-    records.check_bools(kept, "is_classification", run.workdir / instances.ACCEPTED)
-    target = run.workdir / "dataset"
-    processes.once(lambda: dataset.write_dataset(run.config, kept, dropped, target))
+    tuned = arm == REFINE_AF
+    params = (
+        rlaf.tuned_policy(run.config, run.base, run.workdir) if tuned else run.base.for_sampling()
+    )
+    oracle = run.oracle() if run.config.instances.score else None
+    InstanceStage(run.config, run.base, run.seeds, rows, target, oracle).run(params)
+    kept = records.read_rows(target / instances.ACCEPTED, dataset.FIELDS)
+    records.check_bools(kept, "is_classification", target / instances.ACCEPTED)
+    made_of = dataset.Material(
+        config=run.config,
+        arm=arm,
+        seeds=run.seeds,
+        instructions=rows,
+        instances=kept,
+        rejected={
+            "instructions": _reasons(run.workdir / instructions.REJECTED),
+            "instances": _reasons(target / instances.REJECTED),
+        },
+    )
+    processes.once(lambda: dataset.write_dataset(made_of, target))
     return True
 
 
+def _reasons(path: Path) -> Counter[str]:
+    return Counter(row["reason"] for row in records.read_rows(path, ("reason",)))
+
+
 def finetune(run: Run) -> bool:
-    """Fine-tuning of the base model on the accepted instances."""
-    if not run.has_dataset:
-        raise ValueError(f"{run.workdir / 'dataset'}: not finished; run generate_instances first")
-    rows = records.read_rows(run.workdir / instances.ACCEPTED, ("instruction", "input", "output"))
-    if finetuning.finished(run.workdir):
+    """Fine-tuning of the base model on the data set of each arm."""
+    return any([_finetune(run, folder(run.workdir, arm)) for arm in run.arms])
+
+
+def _finetune(run: Run, target: Path) -> bool:
+    rows = dataset.read(target)
+    if finetuning.finished(target):
         return False
-    FinetuningStage(run.config, run.base, rows, run.workdir).run()
+    FinetuningStage(run.config, run.base, rows, target).run()
     return True
 
 
 def evaluate(run: Run) -> bool:
-    """Scores of the base model and of the fine-tuned one."""
+    """Scores of the base model and of every arm that is fine-tuned."""
     options = run.config.evaluation
     tasks = evaluation.load_tasks(options)
-    if records.exists(run.workdir / SCORES):
+    arms = [arm for arm in ARMS if finetuning.finished(folder(run.workdir, arm))] or run.arms
+    if {"base", *arms} <= records.read_json(run.workdir / SCORES).get("arms", {}).keys():
         return False
-    adapters = {
-        "base": None,
-        "refine_af": finetuning.tuned_adapter(run.config, run.base, run.workdir),
+    adapters = {"base": None} | {
+        arm: finetuning.tuned_adapter(run.config, run.base, folder(run.workdir, arm))
+        for arm in arms
     }
     asked = evaluation.questions(tasks, run.base.tokenizer, options)
     predictions = run.workdir / PREDICTIONS

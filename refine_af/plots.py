@@ -80,7 +80,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def _inline_svg(
+def inline_svg(
     width: int, height: int
 ) -> Callable[[Callable[Concatenate[Figure, _P], None]], Callable[_P, str]]:
     """Turns `draw(figure, *data)` into `draw(*data) -> svg` for a figure of this size in pixels."""
@@ -117,32 +117,50 @@ def _svg_text(figure: Figure, name: str, description: str) -> str:
     return text.replace(_INK, "currentColor")
 
 
+def png(
+    width: int, height: int
+) -> Callable[[Callable[Concatenate[Figure, _P], None]], Callable[_P, bytes]]:
+    """Turns `draw(figure, *data)` into `draw(*data) -> PNG` on white, for a file of its own."""
+
+    def decorate(draw: Callable[Concatenate[Figure, _P], None]) -> Callable[_P, bytes]:
+        @functools.wraps(draw)
+        def image(*args: _P.args, **kwargs: _P.kwargs) -> bytes:
+            with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Glyph .* missing")
+                figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+                draw(figure, *args, **kwargs)
+                buffer = io.BytesIO()
+                # Without the version of matplotlib, equal data give equal bytes for longer.
+                metadata = {"Software": None}
+                figure.savefig(buffer, format="png", facecolor="white", metadata=metadata)
+                return buffer.getvalue() if figure.axes else b""
+
+        return image
+
+    return decorate
+
+
 # Reliability, a file of its own
 
 
-def calibration(curves: Mapping[str, tuple[Sequence[float], ...]]) -> bytes:
-    """PNG on white with a panel for each head: what it predicts against what is the case.
+@png(_FULL_WIDTH, 270)
+def calibration(figure: Figure, curves: Mapping[str, tuple[Sequence[float], ...]]) -> None:
+    """A panel for each head: what it predicts against what is the case.
 
     Args:
         curves: of each head, predicted probabilities, observed shares and counts of its bins.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_FULL_WIDTH / 72, 270 / 72), layout="constrained")
-        for i, (name, (predicted, observed, counts)) in enumerate(curves.items()):
-            axes = figure.add_subplot(1, len(curves), i + 1)
-            low = 0.5 if name == "rew" else 0.0  # the favourite of two has at least a half
-            axes.plot([low, 1], [low, 1], color=_INK, alpha=0.3, linewidth=1)
-            axes.plot(predicted, observed, color=BLUE)
-            sizes = 8 + 120 * np.asarray(counts) / max(sum(counts), 1)
-            axes.scatter(predicted, observed, s=sizes, color=BLUE, clip_on=False)
-            axes.set_title(name)
-            axes.set_xlim(low, 1)
-            axes.set_ylim(0, 1)
-            axes.set_xlabel("predicted")
-        buffer = io.BytesIO()
-        # Without the version of matplotlib, equal data give equal bytes for longer.
-        figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    for i, (name, (predicted, observed, counts)) in enumerate(curves.items()):
+        axes = figure.add_subplot(1, len(curves), i + 1)
+        low = 0.5 if name == "rew" else 0.0  # the favourite of two has at least a half
+        axes.plot([low, 1], [low, 1], color=_INK, alpha=0.3, linewidth=1)
+        axes.plot(predicted, observed, color=BLUE)
+        sizes = 8 + 120 * np.asarray(counts) / max(sum(counts), 1)
+        axes.scatter(predicted, observed, s=sizes, color=BLUE, clip_on=False)
+        axes.set_title(name)
+        axes.set_xlim(low, 1)
+        axes.set_ylim(0, 1)
+        axes.set_xlabel("predicted")
 
 
 # Lines over steps
@@ -193,7 +211,7 @@ def _step_axis(axes: Axes) -> None:
     axes.margins(x=0.02)
 
 
-@_inline_svg(_FULL_WIDTH, 300)
+@inline_svg(_FULL_WIDTH, 300)
 def reward(figure: Figure, rows: Sequence[Row]) -> None:
     """Mean reward of each PPO step, in a band of one standard deviation to each side."""
     steps, means = _series(rows, "reward/mean")
@@ -209,7 +227,7 @@ def reward(figure: Figure, rows: Sequence[Row]) -> None:
     axes.set_ylabel("reward")
 
 
-@_inline_svg(_FULL_WIDTH, 230)
+@inline_svg(_FULL_WIDTH, 230)
 def reward_components(figure: Figure, rows: Sequence[Row], names: Sequence[str]) -> None:
     """The scores that the reward is made of, one panel each, on their own scales."""
     known = {
@@ -221,7 +239,7 @@ def reward_components(figure: Figure, rows: Sequence[Row], names: Sequence[str])
     _panels(figure, rows, {f"reward/{name}": known.get(name, name) for name in names})
 
 
-@_inline_svg(_FULL_WIDTH, 250)
+@inline_svg(_FULL_WIDTH, 250)
 def divergence(figure: Figure, rows: Sequence[Row]) -> None:
     """KL from the starting model by the k1 and k3 estimators, and the coefficient against it."""
     titles = {"kl/k1": "KL per answer (nats)", "kl/coef": "KL coefficient"}
@@ -231,7 +249,7 @@ def divergence(figure: Figure, rows: Sequence[Row]) -> None:
         panels["kl/k1"].legend()
 
 
-@_inline_svg(_FULL_WIDTH, 250)
+@inline_svg(_FULL_WIDTH, 250)
 def answers(figure: Figure, rows: Sequence[Row]) -> None:
     """Length of the sampled answers, the share that end by themselves and the share that parse."""
     titles = {
@@ -244,7 +262,7 @@ def answers(figure: Figure, rows: Sequence[Row]) -> None:
             axes.set_ylim(-0.03, 1.03)
 
 
-@_inline_svg(_FULL_WIDTH, 250)
+@inline_svg(_FULL_WIDTH, 250)
 def policy(figure: Figure, rows: Sequence[Row]) -> None:
     """How far each update moves the policy: clip fraction, entropy and largest ratio."""
     titles = {
@@ -255,7 +273,7 @@ def policy(figure: Figure, rows: Sequence[Row]) -> None:
     _panels(figure, rows, titles)
 
 
-@_inline_svg(_FULL_WIDTH, 250)
+@inline_svg(_FULL_WIDTH, 250)
 def critic(figure: Figure, rows: Sequence[Row]) -> None:
     """Loss of the value head and the share of the returns' variance that it explains."""
     titles = {"ppo/value_loss": "value loss", "ppo/explained_variance": "explained variance"}
@@ -264,7 +282,7 @@ def critic(figure: Figure, rows: Sequence[Row]) -> None:
         panels["ppo/explained_variance"].set_ylim(top=1.03)
 
 
-@_inline_svg(_FULL_WIDTH, 280)
+@inline_svg(_FULL_WIDTH, 280)
 def finetuning_loss(figure: Figure, rows: Sequence[Row]) -> None:
     """Training loss of the supervised fine-tuning, with the held-out loss where it was taken."""
     if not _series(rows, "loss")[0]:
@@ -291,14 +309,14 @@ def _histogram(figure: Figure, values: Sequence[float], bins: np.ndarray, label:
     return axes
 
 
-@_inline_svg(_HALF_WIDTH, 270)
+@inline_svg(_HALF_WIDTH, 270)
 def overlap(figure: Figure, overlaps: Sequence[float]) -> None:
     """Histogram of each instruction's ROUGE-L overlap, 0 to 1, with its nearest pool entry."""
     if overlaps:
         _histogram(figure, overlaps, np.linspace(0, 1, 21), "ROUGE-L with the nearest instruction")
 
 
-@_inline_svg(_HALF_WIDTH, 270)
+@inline_svg(_HALF_WIDTH, 270)
 def instruction_lengths(figure: Figure, lengths: Sequence[int]) -> None:
     """Histogram of the instructions' lengths in words, in at most 25 bars of whole words."""
     if lengths:
@@ -308,20 +326,25 @@ def instruction_lengths(figure: Figure, lengths: Sequence[int]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _bar_rows(figure: Figure, labels: Sequence[str]) -> Axes:
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _bar_rows(
+    figure: Figure, labels: Sequence[str], place: tuple[int, int, int] = (1, 1, 1)
+) -> Axes:
     """Axes with one labelled row for each horizontal bar, first at the top; sets the height."""
     width = figure.get_size_inches()[0]
     figure.set_size_inches(width, (_ROW_HEIGHT * len(labels) + 60) / 72)
-    axes = figure.add_subplot()
-    short = [s if len(s) <= _MAX_LABEL else s[: _MAX_LABEL - 1] + "…" for s in labels]
-    axes.set_yticks(range(len(short)), short)
+    axes = figure.add_subplot(*place)
+    axes.set_yticks(range(len(labels)), [_short(label, _MAX_LABEL) for label in labels])
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.grid(axis="x")
     return axes
 
 
-@_inline_svg(_FULL_WIDTH, 300)
+@inline_svg(_FULL_WIDTH, 300)
 def verbs(figure: Figure, counts: Mapping[tuple[str, str], int]) -> None:
     """The most frequent leading verbs, each bar divided by the objects of the verb.
 
@@ -366,7 +389,7 @@ def _object_bar(axes: Axes, row: int, nouns: Counter[str], pixels_per_count: flo
     axes.text(left + rest + 4 * gap, row, names, va="center", fontsize=11, alpha=0.7)
 
 
-@_inline_svg(_FULL_WIDTH, 300)
+@inline_svg(_FULL_WIDTH, 300)
 def evaluation(figure: Figure, scores: Mapping[str, Mapping[str, float]]) -> None:
     """ROUGE-L of every task before and after, largest gain at the top.
 
@@ -380,7 +403,7 @@ def evaluation(figure: Figure, scores: Mapping[str, Mapping[str, float]]) -> Non
         axes.set_xlim(-1, 101)
 
 
-@_inline_svg(_FULL_WIDTH, 300)
+@inline_svg(_FULL_WIDTH, 300)
 def held_out(figure: Figure, rewards: Mapping[str, Mapping[str, float]]) -> None:
     """Reward of every held-out instruction before and after, largest gain at the top.
 
@@ -422,7 +445,7 @@ def _paired(figure: Figure, scores: Mapping[str, Mapping[str, float]]) -> Axes |
     return axes
 
 
-@_inline_svg(_FULL_WIDTH, 300)
+@inline_svg(_FULL_WIDTH, 300)
 def timings(figure: Figure, seconds: Mapping[str, float]) -> None:
     """Wall-clock time of each stage in the order of the run."""
     if not seconds:
@@ -434,3 +457,30 @@ def timings(figure: Figure, seconds: Mapping[str, float]) -> None:
     axes.bar_label(bars, fmt="%.1f", padding=5)
     axes.margins(x=0.08)
     axes.set_xlabel(unit)
+
+
+@inline_svg(_FULL_WIDTH, 300)
+def gains(figure: Figure, panels: Mapping[str, Mapping[str, tuple[float, Any]]]) -> None:
+    """Gain in ROUGE-L of every task with its interval, largest gain of the first panel at the top.
+
+    Args:
+        panels: by its title, for each task the gain and the ends of its interval or None. All have
+            the same tasks.
+    """
+    if not panels or not all(panels.values()):
+        return
+    first = next(iter(panels.values()))
+    tasks = sorted(first, key=lambda task: (-first[task][0], task))
+    rows = [(gain, *(ends or ())) for found in panels.values() for gain, ends in found.values()]
+    furthest = 1.05 * max(abs(value) for row in rows for value in row) or 1.0
+    for i, (title, found) in enumerate(panels.items()):
+        axes = _bar_rows(figure, tasks, (1, len(panels), i + 1))
+        axes.tick_params(labelleft=not i)
+        axes.axvline(0, color=_INK, alpha=0.5, linewidth=1)
+        for row, task in enumerate(tasks):
+            gain, ends = found[task]
+            axes.hlines(row, *(ends or (gain, gain)), color=BLUE, alpha=0.5, linewidth=3)
+            axes.plot(gain, row, "o", color=BLUE, markersize=7)
+        axes.set_title(_short(title, 110 // len(panels)))
+        axes.set_xlim(-furthest, furthest)
+        axes.set_xlabel("gain in ROUGE-L")

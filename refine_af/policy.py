@@ -21,8 +21,6 @@ from refine_af.models import heads
 from refine_af.models.transformer import Definition, Params
 from refine_af.randomness import key_of
 
-CRITIC = ("value_head", "critic")  # what a critic's warm-up trains
-
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -59,7 +57,7 @@ class Policy:
 
 @jax.jit
 def _master(x: Array) -> Array:
-    """A float32 copy, laid out as `x`."""
+    """A float32 copy, laid out as `x`: of a float32 base, too, since the update eats it."""
     return x.astype(jnp.float32) + 0.0
 
 

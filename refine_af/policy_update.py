@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from refine_af import config as config_lib
 from refine_af import policy as policy_lib
 from refine_af import ppo, rollout, training
+from refine_af.base_model import BaseModel
 from refine_af.mesh import keep_rows_split
 from refine_af.models import heads
 from refine_af.models.transformer import Definition, Params
@@ -22,8 +23,42 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 def optimizer(options: config_lib.Ppo) -> optax.GradientTransformation:
-    """Adam or Adafactor with global-norm clipping, linear warm-up, then the schedule's decay."""
-    total = options.num_steps * options.num_epochs * options.num_minibatches
+    """Adam or Adafactor behind global-norm clipping.
+
+    With a critic's warm-up its `update` takes `policy_learns`; the policy's moments and schedule
+    begin when that is first true.
+    """
+    step = _optimizer(options, options.num_steps)
+    if options.critic_warmup:
+        policy = optax.conditionally_mask(
+            _optimizer(options, options.num_steps - options.critic_warmup),
+            lambda _, *, policy_learns: policy_learns,
+            forward_extra_args=True,
+        )
+        step = optax.partition({True: policy, False: step}, _is_of_policy)
+    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), step)
+
+
+def _is_of_policy(params: Params) -> dict[str, bool]:
+    return {name: name == "policy" for name in params}
+
+
+def _optimizer(options: config_lib.Ppo, num_rollouts: int) -> optax.GradientTransformation:
+    rate = schedule(options, num_rollouts)
+    if options.optimizer == "adam":
+        return optax.adam(rate, eps=options.adam_eps)
+    # Its own clipping and scaling by the parameters' size are for training from scratch.
+    return optax.adafactor(
+        rate, multiply_by_parameter_scale=False, clipping_threshold=None, eps=1e-30
+    )
+
+
+def schedule(options: config_lib.Ppo, num_rollouts: int) -> optax.Schedule:
+    """Learning rate after so many steps were taken: a linear warm-up, then a decay to 0.
+
+    It gets there if all steps of so many rollouts are taken, none skipped and no epoch cut short.
+    """
+    total = num_rollouts * options.num_epochs * options.num_minibatches
     warmup = min(options.warmup_steps, total)
     rate, rest = options.learning_rate, max(total - warmup, 1)
     decay = {
@@ -32,15 +67,15 @@ def optimizer(options: config_lib.Ppo) -> optax.GradientTransformation:
         "constant": optax.constant_schedule(rate),
     }
     rise = optax.linear_schedule(rate / (warmup + 1), rate, warmup)
-    schedule = optax.join_schedules([rise, decay[options.schedule]], [warmup])
-    if options.optimizer == "adafactor":
-        # Its own clipping and scaling by the parameters' size are for training from scratch.
-        step = optax.adafactor(
-            schedule, multiply_by_parameter_scale=False, clipping_threshold=None, eps=1e-30
-        )
-    else:
-        step = optax.adam(schedule, eps=options.adam_eps)
-    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), step)
+    return optax.join_schedules([rise, decay[options.schedule]], [warmup])
+
+
+def new_state(config: config_lib.Experiment, base: BaseModel) -> TrainState:
+    """State of a run before the first step."""
+    params = policy_lib.Policy(base, config.ppo).new_params(config.seed)
+    state = training.new_state(params, optimizer(config.ppo), config.ppo.kl_coef)
+    placed: TrainState = base.place_state(state)
+    return placed
 
 
 class _Batch(NamedTuple):
@@ -88,7 +123,8 @@ def make_update(
         )
         sums = {
             "policy_loss": jnp.sum(surrogate.loss) / count,
-            "value_loss": jnp.sum(critic) / count,
+            "value_loss": jnp.sum(critic.loss) / count,
+            "value_clip_fraction": jnp.sum(critic.clipped) / count,
             "entropy": jnp.sum(entropy * batch.mask) / count,
             "clip_fraction": jnp.sum(surrogate.clipped) / count,
             "approx_kl": jnp.sum(surrogate.approx_kl) / count,
@@ -106,10 +142,12 @@ def make_update(
         grads, loss, sums = training.accumulate(
             functools.partial(loss_fn, base, count), state.params, chosen, options.num_microbatches
         )
+        extra = {}
         if options.critic_warmup:
             learns = state.step >= options.critic_warmup
             grads |= {"policy": jax.tree.map(lambda g: jnp.where(learns, g, 0.0), grads["policy"])}
-        new_state, norm = training.guarded_step(tx, state, grads)
+            extra = {"policy_learns": learns}
+        new_state, norm = training.guarded_step(tx, state, grads, **extra)
         if options.max_update_kl:
             moved = sums["approx_kl"] > options.max_update_kl
             new_state = jax.tree.map(lambda a, b: jnp.where(moved, a, b), state, new_state)
@@ -120,6 +158,11 @@ def make_update(
             "ran": jnp.ones(()),
             "taken": jnp.where(jnp.isfinite(norm) & ~moved, 1.0, 0.0),
             "skipped": jnp.where(jnp.isfinite(norm), 0.0, 1.0),
+            "nonfinite/loss": 1.0 - jnp.isfinite(loss),
+            **{
+                f"nonfinite/gradient of {name}": 1.0 - jnp.isfinite(optax.tree.norm(tree))
+                for name, tree in grads.items()
+            },
         }
 
     def unless_moved(run: Any, carry: tuple[TrainState, Array], index: Array) -> Any:
@@ -146,12 +189,12 @@ def make_update(
             run = functools.partial(unless_moved, run)
         (state, _), history = jax.lax.scan(run, (state, jnp.zeros((), bool)), order)
         kl = jnp.sum(ppo.kl_k1(reading.logprobs, reading.ref_logprobs) * rows.mask) / batch_size
-        metrics = _summary(history, rows, reading, state.kl_coef, kl)
+        metrics = _summary(history, rows, reading, kl_coef(state, options), kl)
         if options.estimator == "gae":
             explained = ppo.explained_variance(reading.values, returns, rows.mask)
             metrics["ppo/explained_variance"] = explained
         else:
-            del metrics["ppo/value_loss"]
+            del metrics["ppo/value_loss"], metrics["ppo/value_clip_fraction"]
         if options.kl_controller == "adaptive":
             coef = ppo.adapt_kl_coef(
                 state.kl_coef, kl, options.kl_target, options.kl_horizon, batch_size
@@ -179,7 +222,7 @@ def estimate(
     """
     scores = state.scores.scale(rows.score) if options.scale_scores else rows.score
     rewards = jax.vmap(ppo.shaped_rewards, in_axes=(0, 0, 0, 0, None))(
-        scores, reading.logprobs, reading.ref_logprobs, rows.mask, state.kl_coef
+        scores, reading.logprobs, reading.ref_logprobs, rows.mask, kl_coef(state, options)
     )
     if options.estimator != "gae":
         totals = jnp.sum(rewards, axis=1).reshape(-1, options.group_size)
@@ -198,30 +241,37 @@ def estimate(
 _OF_GROUPS = {"rloo": ppo.rloo, "grpo": ppo.grpo}
 
 
-def _summary(
-    history: Metrics, rows: Rollout, reading: Reading, kl_coef: Array, kl: Array
-) -> Metrics:
+def kl_coef(state: TrainState, options: config_lib.Ppo) -> Float[Array, ""]:
+    """The controller's, or the option's: that may have been changed between two starts of a run."""
+    fixed = options.kl_controller == "fixed"
+    return jnp.full_like(state.kl_coef, options.kl_coef) if fixed else state.kl_coef
+
+
+def _summary(history: Metrics, rows: Rollout, reading: Reading, coef: Array, kl: Array) -> Metrics:
     """Means over the optimizer steps (the maximum for `ratio_max`), and figures of the rollout.
 
     A figure that was not finite at one step is not finite here. KL is summed over an answer and
     averaged over answers, in nats.
     """
     k3 = ppo.kl_k3(reading.logprobs, reading.ref_logprobs)
-    ran, taken, skipped = (history[name] for name in ("ran", "taken", "skipped"))
+    history = dict(history)
+    ran, taken, skipped = (history.pop(name) for name in ("ran", "taken", "skipped"))
+    faults = {name: jnp.sum(x) for name, x in history.items() if name.startswith("nonfinite/")}
     steps = {
         f"ppo/{name}": jnp.max(jnp.where(ran > 0, x, 0.0))
         if name.endswith("_max")
         else jnp.sum(x) / jnp.sum(ran)
         for name, x in history.items()
-        if name not in ("ran", "taken", "skipped")
+        if name not in faults
     }
     numbers = {"score": rows.score, **reading._asdict()}
     return {
         **steps,
+        **faults,
         **{f"nonfinite/{name}": jnp.sum(~jnp.isfinite(x)) * 1.0 for name, x in numbers.items()},
         "ppo/steps_taken": jnp.sum(taken),
         "ppo/steps_skipped": jnp.sum(skipped),
         "kl/k1": kl,
         "kl/k3": jnp.sum(k3 * rows.mask) / rows.score.shape[0],
-        "kl/coef": kl_coef,
+        "kl/coef": coef,
     }

@@ -26,7 +26,7 @@ def kl_k3(logprobs: Float[Array, "*T"], ref_logprobs: Float[Array, "*T"]) -> Flo
     """Estimate `r - 1 - log r`, `r = ref / pi`, of KL(pi || ref): unbiased, never negative.
 
     Same source as `kl_k1`. Written as `expm1(d) - d`: `exp(d) - d - 1` loses every digit in
-    float32 when d is small.
+    float32 when d is small. Log ratios count as 20 at most, either way: beyond, it is too small.
     """
     d = jnp.clip(ref_logprobs - logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return jnp.expm1(d) - d
@@ -157,7 +157,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """Clipped surrogate (arXiv 1707.06347, eq. 7), to be minimised.
 
-    `-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)` with `ratio = exp(log pi - log old)`.
+    `-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)` with `ratio = exp(log pi - log old)`, whose
+    logarithm counts as 20 at most, either way.
 
     Args:
         old_logprobs: of the policy that drew the tokens; constants, not recomputed with the
@@ -182,19 +183,30 @@ def policy_loss(
     )
 
 
+class ValueLoss(NamedTuple):
+    """Sums over the masked tokens of one answer, float32 scalars."""
+
+    loss: Float[Array, ""]
+    clipped: Float[Array, ""]  # tokens where the clipped value's loss is the larger one
+
+
 def value_loss(
     values: Float[Array, "T"],
     old_values: Float[Array, "T"],
     returns: Float[Array, "T"],
     mask: Float[Array, "T"],
     clip_eps: float,
-) -> Float[Array, ""]:
+) -> ValueLoss:
     """`.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2)`, summed over the mask.
 
     Implementation detail of OpenAI's PPO; Huang et al., "The 37 implementation details of PPO".
     """
     near = jnp.clip(values, old_values - clip_eps, old_values + clip_eps)
-    return jnp.sum(0.5 * jnp.maximum((values - returns) ** 2, (near - returns) ** 2) * mask)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    return ValueLoss(
+        loss=jnp.sum(0.5 * jnp.maximum(plain, clipped) * mask),
+        clipped=jnp.sum((clipped > plain) * mask),
+    )
 
 
 def adapt_kl_coef(

@@ -13,15 +13,14 @@ import numpy as np
 from scipy import stats
 
 from refine_af import records
+from refine_af.actor import Answers
 from refine_af.config import Experiment, config_hash
 from refine_af.randomness import generator
-from refine_af.requests import Completion
-from refine_af.rewards import Judgement
 
 SUMMARY = "ppo/evaluation.json"
 ANSWERS = "ppo/evaluation.jsonl"
 
-Arm = tuple[Sequence[Completion], Sequence[Judgement], np.ndarray]
+Arm = tuple[Answers, np.ndarray]
 
 
 def split(instructions: Sequence[str], num_held_out: int, seed: int) -> tuple[list[str], list[str]]:
@@ -37,35 +36,31 @@ def split(instructions: Sequence[str], num_held_out: int, seed: int) -> tuple[li
 def compare(
     workdir: Path,
     instructions: Sequence[str],
-    num_samples: int,
     answer: Callable[[str], Arm],
     config: Experiment,
 ) -> None:
     """Write what the policy of each arm, `before` and `after`, answers, and the difference.
 
     Args:
-        instructions: held out, each of which has `num_samples` answers in a row.
-        answer: completions of an arm, their judgements, and their KL from the reference (the sum
-            of log-ratios over an answer, nats).
+        instructions: held out, each of which has `num_eval_samples` answers in a row.
+        answer: answers of an arm, and their KL from the reference (the sum of log-ratios over an
+            answer, nats).
     """
+    num_samples = config.ppo.num_eval_samples
     arms = {name: answer(name) for name in ("before", "after")}
     rows = [
         {
             "arm": arm,
-            "instruction": instructions[i // num_samples],
-            "completion": completion.text,
-            "reward": judgement.reward,
-            "components": judgement.components,
+            **row,
             "tokens": len(completion.token_ids),
-            "kl": float(kl[i]),
-            "finish_reason": completion.finish_reason,
+            "kl": float(of_row),
         }
-        for arm, (completions, judgements, kl) in arms.items()
-        for i, (completion, judgement) in enumerate(zip(completions, judgements, strict=True))
+        for arm, (answers, kl) in arms.items()
+        for row, completion, of_row in zip(answers.rows(), answers.completions, kl, strict=True)
     ]
     means = {
-        arm: np.reshape([j.reward for j in judgements], (-1, num_samples)).mean(axis=1)
-        for arm, (_, judgements, _) in arms.items()
+        arm: np.reshape([j.reward for j in answers.judgements], (-1, num_samples)).mean(axis=1)
+        for arm, (answers, _) in arms.items()
     }
     summary = {
         "config": config_hash(config),

@@ -29,11 +29,20 @@ def demos(seeds: Sequence[SeedTask], options: config_lib.Prompts) -> list[SeedTa
     return short
 
 
+def pick(shown: Sequence[SeedTask], count: int, rng: np.random.Generator) -> list[SeedTask]:
+    """Some of the demonstrations, none of them twice."""
+    return [shown[i] for i in rng.choice(len(shown), size=count, replace=False)]
+
+
 def instance_prompt(
     instruction: str, shown: Sequence[SeedTask], count: int, rng: np.random.Generator
 ) -> str:
     """Few-shot prompt that ends where the answer's input is to be written."""
-    picked = [shown[i] for i in rng.choice(len(shown), size=count, replace=False)]
+    return with_demos(instruction, pick(shown, count, rng))
+
+
+def with_demos(instruction: str, picked: Sequence[SeedTask]) -> str:
+    """The prompt with these demonstrations, in their order."""
     parts = [
         f"Task: {seed.instruction}\nInput: {seed.instances[0].input}\n"
         f"Output: {seed.instances[0].output}\n\n"

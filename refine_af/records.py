@@ -148,12 +148,17 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk is full, or cannot be written.
     """
-    processes.by_writer(lambda: _replace(path, text))
+    write_bytes(path, text.encode())
 
 
-def _replace(path: Path, text: str) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """As `write_text`."""
+    processes.by_writer(lambda: _replace(path, data))
+
+
+def _replace(path: Path, data: bytes) -> None:
     partial = path.with_name(path.name + ".partial")
-    _write(partial, "wb", text.encode())
+    _write(partial, "wb", data)
     partial.replace(path)
 
 

@@ -5,7 +5,6 @@ The page has its figures and styles inline, runs no script and loads nothing. Al
 model wrote is escaped. Equal workdirs give equal bytes.
 """
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -16,7 +15,16 @@ from typing import Any, TypeVar
 import jinja2
 from markupsafe import Markup
 
-from refine_af import diversity, plots
+from refine_af import (
+    arms,
+    comparison,
+    comparison_report,
+    dataset_plots,
+    dataset_statistics,
+    diversity,
+    plots,
+)
+from refine_af.pages import clip, environment
 from refine_af.records import Row, read_json, read_rows, stream_rows, write_text
 
 Section = dict[str, Any]
@@ -27,12 +35,7 @@ _NUM_SAMPLES = 8
 _NUM_ROLLOUTS = 4  # shown of the first and of the last step
 _NUM_LOOKS = 4  # answers to one instruction during training
 _NUM_PREDICTIONS = 12
-_NONE, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-_MAX_TEXT = 1200  # characters of one shown text
 _MAX_EXAMPLE = 160  # characters of the example of a drop reason
-
-# Arms of an evaluation: before training first, the method itself last.
-_ARMS = {"base": "base model", "self_instruct": "Self-Instruct", "refine_af": "REFINE-AF"}
 
 # How a row or a table that no stage has written shows itself.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, jinja2.UndefinedError)
@@ -85,7 +88,7 @@ def write_report(workdir: Path) -> Path:
     config = read_json(workdir / "config.json")
     sections = {name: _section(name, workdir) for name in _SECTIONS}
     try:
-        page = _environment().get_template(_TEMPLATE).render(**sections, config=config)
+        page = environment().get_template(_TEMPLATE).render(**sections, config=config)
     except (*_MALFORMED, ValueError) as error:
         raise ValueError(
             f"{workdir}: a file in it is not as the stages write it ({error})"
@@ -206,6 +209,23 @@ def _instances(workdir: Path) -> Section | None:
     }
 
 
+def _data_sets(workdir: Path) -> Section | None:
+    """The data set of each arm in numbers, and the figures of the first."""
+    folders = {arms.TITLES[arm]: arms.folder(workdir, arm) for arm in arms.ARMS}
+    read = {name: read_json(path / "dataset/statistics.json") for name, path in folders.items()}
+    found = {name: statistics for name, statistics in read.items() if statistics}
+    if not found:
+        return None
+    tables = [dataset_statistics.table(statistics) for statistics in found.values()]
+    names = dict.fromkeys(name for table in tables for name in table)
+    figures = dataset_plots.svgs(next(iter(found.values())))
+    return {
+        "arms": list(found),
+        "rows": [(name, [table.get(name) for table in tables]) for name in names],
+        "plots": [(Markup(svg), plot) for plot, svg in figures],
+    }
+
+
 def _finetuning(workdir: Path) -> Section | None:
     rows = read_rows(workdir / "sft" / "metrics.jsonl")
     if not rows:
@@ -220,22 +240,25 @@ def _finetuning(workdir: Path) -> Section | None:
 
 
 def _evaluation(workdir: Path) -> Section | None:
-    scores = read_json(workdir / "evaluation.json").get("arms", {})
-    if not scores:
+    path = workdir / "evaluation.json"
+    content = read_json(path)
+    if not content.get("arms"):
         return None
-    known = list(_ARMS)
-    arms = sorted(scores, key=lambda arm: known.index(arm) if arm in known else 1)
-    rouge = {
-        arm: {task: row["rougeL"] for task, row in scores[arm]["tasks"].items()} for arm in arms
-    }
+    runs = comparison.runs_of(content, str(path))
+    arms = list(runs)
+    compared = comparison.compare(list(runs.values())) if len(runs) > 1 else None
+    pairs = compared["pairs"] if compared else []
+    against = [pair for pair in pairs if pair["second"] == runs[arms[-1]].name]
+    rouge = {run.name: comparison.by_task(run.scores) for run in runs.values()}
     return {
-        "arms": {arm: _ARMS.get(arm, arm) for arm in arms},
-        "scores": scores,
+        "arms": {arm: run.name for arm, run in runs.items()},
+        "scores": {arm: run.scores for arm, run in runs.items()},
         "first": arms[0],
         "last": arms[-1],
-        "comparisons": {arm: _compare(rouge[arm], rouge[arms[-1]]) for arm in arms[:-1]},
+        "comparisons": dict(zip(arms, against, strict=False)),
+        "comparison": comparison_report.section(compared) if compared else None,
         "predictions": _predictions(read_rows(workdir / "predictions.jsonl")),
-        "figure": Markup(plots.evaluation({_ARMS.get(arm, arm): rouge[arm] for arm in arms})),
+        "figure": Markup(plots.evaluation(rouge)),
     }
 
 
@@ -252,6 +275,7 @@ _SECTIONS: dict[str, tuple[Callable[[Path], Section | None], str]] = {
     "instructions": (_instructions, "instructions.jsonl, rejected_instructions.jsonl"),
     "ppo": (_ppo, "ppo/metrics.jsonl, ppo/rollouts.jsonl, ppo/evaluation.json"),
     "instances": (_instances, "instances.jsonl, rejected_instances.jsonl"),
+    "data_sets": (_data_sets, "dataset/statistics.json"),
     "finetuning": (_finetuning, "sft/metrics.jsonl"),
     "evaluation": (_evaluation, "evaluation.json, predictions.jsonl"),
     "timings": (_timings, "timings.json"),
@@ -283,7 +307,7 @@ def _reasons(rejected: Iterable[Row], text: str, meanings: Mapping[str, str]) ->
             "name": reason.replace("_", " "),
             "meaning": meanings.get(reason, ""),
             "count": len(rows),
-            "example": _clip(rows[0][text], _MAX_EXAMPLE),
+            "example": clip(rows[0][text], _MAX_EXAMPLE),
         }
         for reason, rows in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     ]
@@ -321,16 +345,6 @@ def _predictions(rows: Iterable[Row]) -> list[Section]:
     return [dict(row) for row in _spread(list(first.values()), _NUM_PREDICTIONS)]
 
 
-def _compare(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, int]:
-    """On how many of the common tasks the score is higher, lower and equal afterwards."""
-    gains = [after[task] - before[task] for task in before if task in after]
-    return {
-        "higher": sum(gain > 0 for gain in gains),
-        "lower": sum(gain < 0 for gain in gains),
-        "equal": sum(gain == 0 for gain in gains),
-    }
-
-
 def _extremes(rows: Sequence[Row]) -> list[tuple[str, list[float]]]:
     """First, last, smallest and largest value of every metric."""
     names = sorted({name for row in rows for name in row} - {"step"})
@@ -350,72 +364,3 @@ def _mean(rows: Iterable[Row], key: str) -> float | None:
 
 def _median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
-
-
-# The template and how it writes numbers and text.
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "clip": _clip,
-        "count": lambda number: f"{number:,}",
-        "duration": _duration,
-        "settings": _settings,
-        "fixed": _fixed,
-        "share": _share,
-        "short": _short,
-        "signed": lambda number, decimals: f"{number:+.{decimals}f}".replace("-", _MINUS),
-    }
-    return environment
-
-
-def _clip(text: str, length: int = _MAX_TEXT) -> str:
-    return text if len(text) <= length else text[: length - 1].rstrip() + "…"
-
-
-def _short(number: float | None, digits: int = 3) -> str:
-    """A number of so many significant digits, or of all that its integer part has."""
-    if number is None:
-        return _NONE
-    text = f"{number:,.0f}" if abs(number) >= 10**digits else f"{number:.{digits}g}"
-    return text.replace("-", _MINUS)
-
-
-def _fixed(number: float | None, decimals: int) -> str:
-    """A number with so many decimals."""
-    return _NONE if number is None else f"{number:.{decimals}f}".replace("-", _MINUS)
-
-
-def _share(part: float, whole: float) -> str:
-    """`part` of `whole` in percent."""
-    if not whole:
-        return _NONE
-    return "<1%" if 0 < part / whole < 0.005 else f"{part / whole:.0%}"
-
-
-def _duration(seconds: float) -> str:
-    """`42.0 s`, `3 min 20 s` or `2 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _settings(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """One line `path.to.field = value` for every leaf of a nested config."""
-    lines = []
-    for name, value in config.items():
-        if isinstance(value, Mapping) and value:
-            lines += _settings(value, f"{prefix}{name}.")
-        else:
-            lines.append(f"{prefix}{name} = {json.dumps(value, ensure_ascii=False)}")
-    return lines

@@ -84,6 +84,11 @@ def judge(
     return judgements
 
 
+def absolute(options: Reward) -> Reward:
+    """The reward for comparing batches: normalised over its own answers, each has one mean."""
+    return dataclasses.replace(options, normalise="none")
+
+
 def components(oracle: Oracle, examples: Sequence[Example]) -> dict[str, np.ndarray]:
     """Components of examples, float64 [B], checked.
 

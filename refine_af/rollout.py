@@ -47,7 +47,7 @@ class Rollout(NamedTuple):
 class Layout(NamedTuple):
     """Shape of all rollouts of a run."""
 
-    row_length: int  # T, at least the longest prompt and R
+    row_length: int  # T, at least the longest prompt and R together
     answer_length: int  # R
     row_multiple: int  # number of rows is a multiple of this
 
@@ -189,14 +189,11 @@ def read(
 def drift(completions: Sequence[Completion], reading: Reading) -> float:
     """Largest difference between the sampler's and the trainer's log-probabilities, nats."""
     trained = processes.to_host(reading.logprobs)
-    return max(
-        float(
-            np.abs(np.asarray(c.full_logprobs) - trained[row, : len(c.full_logprobs)]).max(
-                initial=0.0
-            )
-        )
+    apart = [
+        np.abs(np.asarray(c.full_logprobs) - trained[row, : len(c.full_logprobs)])
         for row, c in enumerate(completions)
-    )
+    ]
+    return float(np.concatenate(apart).max(initial=0.0))  # NaN where one is NaN
 
 
 jit_read = jax.jit(read, static_argnums=(0, 1, 5, 6))

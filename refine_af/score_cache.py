@@ -9,7 +9,7 @@ import json
 import math
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,40 +43,27 @@ class CachedOracle:
         Raises:
             OracleError: the file is not such a cache, or cannot be written; or as `checked`.
         """
-        for worker in self._workers:
-            worker.join()  # what was asked for ahead is there now
+        self._queue.wait(examples)
         if self.ahead:
             return processes.once(lambda: self._score(examples))
         return self._score(examples)
 
-    def prefetch(self, examples: Sequence[Example]) -> None:
+    def prefetch(self, examples: Sequence[Example], batch: int = 0) -> None:
         """Begin to score these, where that need not wait for the device.
 
-        What has come in meanwhile is scored together. A fault shows up when the oracle is called.
+        What has come in meanwhile of one batch is scored together. A fault shows up when the oracle
+        is called.
         """
-        if not self.ahead or not processes.is_writer():
-            return
-        self._waiting.extend(examples)
-        if not any(worker.is_alive() for worker in self._workers):
-            # A daemon, so that Ctrl-C need not wait for a slow server.
-            self._workers[:] = [threading.Thread(target=self._work, daemon=True)]
-            self._workers[0].start()
-
-    def _work(self) -> None:
-        processes.by_writer(self._score_waiting)
-
-    def _score_waiting(self) -> None:
-        with contextlib.suppress(Exception):
-            while self._waiting:
-                self._score([self._waiting.popleft() for _ in range(len(self._waiting))])
+        if self.ahead and processes.is_writer():
+            self._queue.add(examples, batch)
 
     @functools.cached_property
-    def _waiting(self) -> collections.deque[Example]:
-        return collections.deque()
+    def _queue(self) -> "_Queue":
+        return _Queue(lambda examples: processes.by_writer(lambda: self._score(examples)))
 
     @functools.cached_property
-    def _workers(self) -> list[threading.Thread]:
-        return []
+    def _asking(self) -> threading.Lock:
+        return threading.Lock()
 
     def _score(self, examples: Sequence[Example]) -> dict[str, np.ndarray]:
         keys = [self._key(example) for example in examples]
@@ -84,7 +71,8 @@ class CachedOracle:
         missing = {key: e for key, e in zip(keys, examples, strict=True) if key not in known}
         if missing:
             asked = list(missing.values())
-            table = checked(self.oracle(asked), asked)
+            with self._asking:  # an oracle need not bear two callers
+                table = checked(self.oracle(asked), asked)
             fresh = {
                 key: {name: float(column[row]) for name, column in table.items()}
                 for row, key in enumerate(missing)
@@ -125,6 +113,50 @@ class CachedOracle:
             raise OracleError(f"{self.path}: no usable cache of scores ({error})") from None
         except (ValueError, RecursionError) as error:
             raise OracleError(f"{self.path}: damaged ({error}); remove the file") from None
+
+
+class _Queue:
+    """Examples on their way to an oracle, on a thread of its own, in the order they came."""
+
+    def __init__(self, score: Callable[[list[Example]], Any]) -> None:
+        self._score, self._changed = score, threading.Condition()
+        self._waiting: collections.deque[tuple[int, Example]] = collections.deque()
+        self._unscored: collections.Counter[Example] = collections.Counter()
+        self._works = False
+
+    def add(self, examples: Sequence[Example], batch: int) -> None:
+        with self._changed:
+            self._waiting.extend((batch, example) for example in examples)
+            self._unscored.update(examples)
+            if not self._works:
+                self._works = True
+                # A daemon, so that Ctrl-C need not wait for a slow server.
+                threading.Thread(target=self._work, daemon=True).start()
+
+    def wait(self, examples: Sequence[Example]) -> None:
+        """Until none of these is on its way."""
+        with self._changed:
+            self._changed.wait_for(lambda: not any(self._unscored[e] for e in examples))
+
+    def _work(self) -> None:
+        while some := self._next():
+            try:
+                with contextlib.suppress(Exception, SystemExit):  # the caller will meet it, too
+                    self._score(some)
+            finally:
+                with self._changed:
+                    self._unscored.subtract(some)
+                    self._unscored = +self._unscored
+                    self._changed.notify_all()
+
+    def _next(self) -> list[Example]:
+        """All that has come of the first batch; none: the thread ends."""
+        with self._changed:
+            batch, some = self._waiting[0][0] if self._waiting else 0, []
+            while self._waiting and self._waiting[0][0] == batch:
+                some.append(self._waiting.popleft()[1])
+            self._works = bool(some)
+            return some
 
 
 def _read(database: sqlite3.Connection, keys: Sequence[str]) -> dict[str, dict[str, float]]:

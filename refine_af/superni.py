@@ -1,8 +1,9 @@
 """Super-NaturalInstructions: task files, evaluation prompts and scores.
 
-Tasks, prompt and scoring rules are those of the English track of Wang et al., 2022,
-"Super-NaturalInstructions: Generalization via Declarative Instructions on 1600+ NLP Tasks"
-(https://arxiv.org/abs/2204.07705). A task file is one JSON object, of which these keys are read:
+Tasks, prompt and scoring rules are those of Wang et al., 2022, "Super-NaturalInstructions:
+Generalization via Declarative Instructions on 1600+ NLP Tasks" (https://arxiv.org/abs/2204.07705),
+with its two tracks, `default` (English) and `xlingual` (cross-lingual). A task file is one JSON
+object, of which these keys are read:
 
     Definition         str, or [str] of which the first is used
     Categories         str, or [str] of which the first is used
@@ -22,7 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
-from rouge_score import rouge_scorer
+from nltk.stem import porter
+from rouge_score import tokenize
+
+from refine_af import novelty
+from refine_af.models.gpt2_tokenizer import gpt2_tokenizer
+
+InstanceScores = Mapping[str, tuple[float, float]]  # id -> (exact match, ROUGE-L F), in [0, 1]
 
 _WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -53,9 +60,10 @@ class Task:
     definition: str
     examples: tuple[Example, ...]
     instances: tuple[Instance, ...]  # at least one
+    track: str = "default"  # of config.TRACKS: how it is scored
 
 
-def load_task(path: str | Path, max_instances: int = 100) -> Task:
+def load_task(path: str | Path, max_instances: int = 100, track: str = "default") -> Task:
     """Read one task file, keeping its first `max_instances` (at least 1) instances.
 
     Raises:
@@ -88,19 +96,25 @@ def load_task(path: str | Path, max_instances: int = 100) -> Task:
             )
             for where, record in instances
         ),
+        track=track,
     )
 
 
 def load_tasks(
-    directory: str | Path, split_file: str | Path | None = None, max_instances: int = 100
+    directory: str | Path,
+    split_file: str | Path | None = None,
+    max_instances: int = 100,
+    track: str = "default",
 ) -> list[Task]:
     """Read the tasks of a directory, sorted by name.
 
     Args:
         directory: holds one `<task name>.json` per task.
-        split_file: a text file with one task name a line. Only these tasks are read; those without
-            a file are left out with a warning, so that a part of a split can be evaluated.
+        split_file: a text file with one task name a line, with or without `.json`. Only these
+            tasks are read; those without a file are left out with a warning, so that a part of a
+            split can be evaluated.
         max_instances: per task, at least 1.
+        track: of config.TRACKS; how the tasks are scored, which their files do not say.
 
     Raises:
         ValueError: no task is found, a file is malformed, or an instance id occurs twice.
@@ -110,7 +124,7 @@ def load_tasks(
         raise ValueError(f"{directory}: no task is found, expected a directory of *.json files")
     if split_file is not None:
         paths = _select(paths, Path(split_file))
-    tasks = [load_task(paths[name], max_instances) for name in sorted(paths)]
+    tasks = [load_task(paths[name], max_instances, track) for name in sorted(paths)]
     ids = Counter(instance.id for task in tasks for instance in task.instances)
     repeated = [id for id, count in ids.items() if count > 1]
     if repeated:
@@ -161,14 +175,34 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(normalize(prediction) in map(normalize, references))
 
 
-def rouge_l(prediction: str, references: Sequence[str]) -> float:
-    """Largest ROUGE-L F over the references (at least one), in [0, 1].
+class _Stemmer:
+    """Porter's, as `rouge-score` calls it; stemming is most of its time, and words come again."""
 
-    With L the longest common subsequence of the Porter-stemmed words, p = L / len(prediction) and
-    r = L / len(reference), F = 2pr / (p + r). A text without any of [a-z0-9] scores 0.
+    stem = staticmethod(functools.lru_cache(1 << 16)(porter.PorterStemmer().stem))
+
+
+def words(text: str, track: str = "default") -> list[str]:
+    """What ROUGE-L compares: Porter-stemmed runs of [a-z0-9], or GPT-2's tokens without blanks.
+
+    A blank that is a token by itself stays, as the empty string, in the cross-lingual track.
     """
-    scores = (_rouge_scorer().score(reference, prediction) for reference in references)
-    return max(float(score["rougeL"].fmeasure) for score in scores)
+    if track == "xlingual":
+        return [token.lstrip("\u0120") for token in gpt2_tokenizer().encode(text).tokens]
+    return tokenize.tokenize(text, _Stemmer)
+
+
+def rouge_l(prediction: str, references: Sequence[str], track: str = "default") -> float:
+    """Largest ROUGE-L F over the references (at least one), in [0, 1], as `rouge-score` rounds it.
+
+    With L the longest common subsequence of the words, p = L / len(prediction) and r = L /
+    len(reference), F = 2pr / (p + r). A text without words scores 0.
+    """
+    ids: dict[str, int] = {}
+    first, *others = (
+        [ids.setdefault(word, len(ids)) for word in words(text, track)]
+        for text in (prediction, *references)
+    )
+    return max(novelty.rouge_l(other, first) for other in others)
 
 
 def score(tasks: Sequence[Task], predictions: Mapping[str, str]) -> dict[str, Any]:
@@ -184,12 +218,26 @@ def score(tasks: Sequence[Task], predictions: Mapping[str, str]) -> dict[str, An
         `instances` and of the means over them, `exact_match` and `rougeL` (x 100, 4 decimals); a
         task's has its `category` too. In a category and in `all` a task thus counts by its size.
     """
-    by_task: dict[str, list[tuple[float, float]]] = {}
+    return summarize(tasks, score_instances(tasks, predictions))
+
+
+def score_instances(
+    tasks: Sequence[Task], predictions: Mapping[str, str]
+) -> dict[str, tuple[float, float]]:
+    """What `score` takes the means of, by instance id."""
+    return {
+        each.id: _score_one(each, predictions.get(each.id, ""), task.track)
+        for task in tasks
+        for each in task.instances
+    }
+
+
+def summarize(tasks: Sequence[Task], scores: InstanceScores) -> dict[str, Any]:
+    """The means that `score` returns."""
+    by_task = {task.name: [scores[each.id] for each in task.instances] for task in tasks}
     by_category: dict[str, list[tuple[float, float]]] = {}
     for task in tasks:
-        pairs = [_score_one(each, predictions.get(each.id, "")) for each in task.instances]
-        by_task[task.name] = pairs
-        by_category.setdefault(task.category, []).extend(pairs)
+        by_category.setdefault(task.category, []).extend(by_task[task.name])
     return {
         "tasks": {t.name: {"category": t.category, **_mean(by_task[t.name])} for t in tasks},
         "categories": {name: _mean(by_category[name]) for name in sorted(by_category)},
@@ -197,36 +245,9 @@ def score(tasks: Sequence[Task], predictions: Mapping[str, str]) -> dict[str, An
     }
 
 
-def compare(base_scores: Mapping[str, Any], tuned_scores: Mapping[str, Any]) -> dict[str, float]:
-    """Count the tasks on which the tuned arm's rougeL is above, equal to or below the base's.
-
-    Args:
-        base_scores: what `score` returned for the base arm.
-        tuned_scores: what it returned for the tuned arm.
-
-    Returns:
-        The counts `won`, `tied` and `lost`, and `share_improved`, 100 * won / tasks (4 decimals).
-
-    Raises:
-        ValueError: the arms were scored on different tasks.
-    """
-    base, tuned = base_scores["tasks"], tuned_scores["tasks"]
-    if base.keys() != tuned.keys():
-        odd = ", ".join(sorted(base.keys() ^ tuned.keys()))
-        raise ValueError(f"only one arm has scores for {odd}, expected the same tasks in both")
-    gains = [tuned[name]["rougeL"] - base[name]["rougeL"] for name in base]
-    won, lost = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
-    share = round(100 * won / len(gains), 4)
-    return {"won": won, "tied": len(gains) - won - lost, "lost": lost, "share_improved": share}
-
-
-@functools.cache
-def _rouge_scorer() -> rouge_scorer.RougeScorer:
-    return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
-
-
-def _score_one(instance: Instance, prediction: str) -> tuple[float, float]:
-    return exact_match(prediction, instance.references), rouge_l(prediction, instance.references)
+def _score_one(instance: Instance, prediction: str, track: str) -> tuple[float, float]:
+    references = instance.references
+    return exact_match(prediction, references), rouge_l(prediction, references, track)
 
 
 def _mean(pairs: Sequence[tuple[float, float]]) -> dict[str, float]:
@@ -239,11 +260,12 @@ def _select(paths: Mapping[str, Path], split_file: Path) -> dict[str, Path]:
     if not split_file.is_file():
         raise ValueError(f"{split_file}: no such file, expected one task name a line")
     try:
-        names = set(split_file.read_text(encoding="utf-8").split())
+        lines = split_file.read_text(encoding="utf-8-sig").split()
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{split_file}: not UTF-8 ({error.reason} at byte {error.start})"
         ) from None
+    names = {line.removesuffix(".json") for line in lines}
     found = {name: path for name, path in paths.items() if name in names}
     missing = sorted(names - found.keys())
     if not found:

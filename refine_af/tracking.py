@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from tensorboardX import summary
 from tensorboardX.proto.summary_pb2 import Summary
 
+from refine_af import records
 from refine_af.config import Experiment, config_hash
 from refine_af.events import EventFile
 from refine_af.models import processes
@@ -75,9 +77,10 @@ class WeightsAndBiases:
             ) from None
         mark = folder / "wandb.id"  # a workdir's own: two with one config are two runs
         if not mark.exists():
-            mark.write_text(f"{config_hash(config)}-{np.random.default_rng().integers(2**32):08x}")
+            name = f"{config_hash(config)}-{np.random.default_rng().integers(2**32):08x}"
+            records.write_text(mark, name)
         self._run = self._wandb.init(
-            project="refine-af",
+            project=os.environ.get("WANDB_PROJECT", "refine-af"),  # an argument would override it
             id=mark.read_text(),
             resume="allow",
             dir=str(folder),

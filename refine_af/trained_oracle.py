@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from refine_af import base_model, records, scoring
+from refine_af import base_model, config_reading, records, scoring, validation
 from refine_af import config as config_lib
 from refine_af.base_model import BaseModel
 from refine_af.models import heads, processes, transformer
@@ -56,7 +56,7 @@ class Description:
 
     def __post_init__(self) -> None:
         """Validate."""
-        config_lib.require_at_least(8, self, "", "max_length")
+        validation.require_at_least(8, self, "", "max_length")
 
     def to_json(self) -> str:
         """The file's content."""
@@ -175,7 +175,7 @@ def describe(where: str | Path) -> Description:
             f"format {_FORMAT} with {list(HEADS)}"
         )
     try:
-        found: Description = config_lib.from_dict(Description, raw)
+        found: Description = config_reading.from_dict(Description, raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return found

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from refine_af import ppo
 
 Tree = Any
+MAX_SKIPPED = 5  # steps in a row whose gradient is not finite
 # (params, microbatch) -> (sum of losses / global count, dict of sums to be added up)
 LossFn = Callable[[Tree, Tree], tuple[Array, dict[str, Array]]]
 
@@ -70,16 +71,16 @@ def accumulate(
 
 
 def guarded_step(
-    optimizer: optax.GradientTransformation, state: TrainState, grads: Tree
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Tree, **extra: Any
 ) -> tuple[TrainState, Float[Array, ""]]:
     """One optimizer step, or none when the gradient is not finite; also the gradient's norm.
 
-    `step` is left to the caller.
+    `step` is left to the caller; `extra` goes to the optimizer.
     """
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm)
     safe = jax.tree.map(lambda g: jnp.where(finite, g, 0.0), grads)
-    updates, opt_state = optimizer.update(safe, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(safe, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
 
     def keep(new: Array, old: Array) -> Array:
@@ -93,7 +94,10 @@ def guarded_step(
 
 
 def check_skipped(
-    state: TrainState, limit: int, where: str, figures: Mapping[str, float] | None = None
+    state: TrainState,
+    where: str,
+    figures: Mapping[str, float] | None = None,
+    limit: int = MAX_SKIPPED,
 ) -> None:
     """Stop a run whose gradients are not finite any more.
 
@@ -109,7 +113,7 @@ def check_skipped(
     found = [
         k.partition("/")[2] for k, n in (figures or {}).items() if k.startswith("nonfinite/") and n
     ]
-    fault = f"; not finite before it: {', '.join(found)}" if found else ""
+    fault = f"; not finite: {', '.join(found)}" if found else ""
     raise ValueError(
         f"{where}: {skipped} steps in a row had a gradient that is not finite (limit {limit})"
         f"{fault}; lower the learning rate or use float32"

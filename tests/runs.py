@@ -37,6 +37,14 @@ WHOLE = (
     "instances.jsonl",
     "rejected_instances.jsonl",
     "dataset/README.md",
+    "dataset/train.jsonl",
+    "dataset/alpaca.jsonl",
+    "dataset/chat.jsonl",
+    "dataset/statistics.json",
+    "dataset/plots/verbs.png",
+    "dataset/plots/seed_overlap.png",
+    "dataset/plots/lengths.png",
+    "dataset/plots/quality.png",
     "sft/adapter/adapter_config.json",
     "sft/adapter/adapter_model.safetensors",
     "sft/hf/config.json",
@@ -50,6 +58,7 @@ WHOLE = (
 METRICS = ("ppo/metrics.jsonl", "sft/metrics.jsonl")  # rows with times
 TIMES = ("time/", "memory/")
 DATASET = "dataset/train.parquet"
+TABLES = (DATASET, "dataset/alpaca.parquet", "dataset/chat.parquet")
 SCORES = "ppo/scores.sqlite"
 EVENTS = "ppo/events.out.tfevents"
 REPORT = ("report.html", "timings.json")  # with times
@@ -184,13 +193,27 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
     return {key: x for key, x in found.items() if not key[0].startswith(TIMES)}
 
 
+def rows_of_table(path: Path) -> list[records.Row]:
+    return pyarrow.parquet.read_table(path).to_pylist()
+
+
+def arm_outputs(folder: Path) -> dict[str, Any]:
+    """As `outputs`, of the folder of an arm that has one for itself."""
+    mine = ("dataset/", "sft/", "instances.jsonl", "rejected_instances.jsonl")
+    names = [name for name in WHOLE if name.startswith(mine)]
+    found: dict[str, Any] = {name: (folder / name).read_bytes() for name in names}
+    found |= {"sft/metrics.jsonl": rows_without_times(folder / "sft/metrics.jsonl")}
+    found |= {"sft/checkpoints": newest_state(folder, "sft")}
+    return found | {name: rows_of_table(folder / name) for name in TABLES}
+
+
 def outputs(workdir: Path) -> dict[str, Any]:
     """All that a run leaves behind and that its config and seed alone decide, by file."""
     found: dict[str, Any] = {name: (workdir / name).read_bytes() for name in WHOLE}
     found |= {name: rows_without_times(workdir / name) for name in METRICS}
     found |= {f"{name}/checkpoints": newest_state(workdir, name) for name in ("ppo", "sft")}
     found |= {SCORES: scores(workdir / SCORES), EVENTS: scalars(workdir / "ppo")}
-    return found | {DATASET: pyarrow.parquet.read_table(workdir / DATASET).to_pylist()}
+    return found | {name: rows_of_table(workdir / name) for name in TABLES}
 
 
 def names(workdir: Path) -> set[str]:

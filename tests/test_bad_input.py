@@ -20,7 +20,8 @@ from programs import jsonl
 from safetensors.numpy import save_file
 
 from refine_af import pipeline, records, rlaf, seeds, superni, tokens, trained_oracle
-from refine_af.config import Experiment, Lora, from_dict
+from refine_af.config import Experiment, Lora
+from refine_af.config_reading import from_dict
 from refine_af.configs import tiny
 from refine_af.http_oracle import HttpOracle
 from refine_af.instances import InstanceStage

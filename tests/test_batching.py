@@ -131,6 +131,7 @@ def test_a_mix_has_every_kind_of_end() -> None:
     assert max(len(c.token_ids) for c in found) > 32, "over more than one chunk"
 
 
+@pytest.mark.slow
 def test_a_grown_cache_and_a_smaller_batch_change_no_token() -> None:
     """One answer goes on alone for long after the others, past several sizes of the cache."""
     lengths = (400, 5, 6, 7, 8, 9, 10, 11)
@@ -169,7 +170,8 @@ def on_mesh(name: str, devices: jax.sharding.Mesh) -> Params:
     return jax.device_put(params_of(name), shardings)
 
 
-@pytest.mark.parametrize("num_slots", [pytest.param(3, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("num_slots", [3, 8])
+@pytest.mark.slow
 def test_a_mesh_says_what_one_device_says(num_slots: int) -> None:
     """Weights cut over fsdp and tensor, slots over data (3 do not divide); prefix and pieces."""
     devices = mesh.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
@@ -329,6 +331,7 @@ def test_what_cannot_fit_is_refused_with_the_figures_before_anything_is_made() -
     )
 
 
+@pytest.mark.slow
 def test_fewer_slots_are_taken_where_memory_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     small = engine_of("global", 8, cache_budget=3 * needed_by_a_slot())
     assert_same(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from decoders import LLAMA
 
-from refine_af import benchmark_sampling, benchmarks
+from refine_af import benchmark_novelty, benchmark_sampling, benchmarks
 from refine_af.benchmark_sampling import CASES
 from refine_af.benchmarks import Limits, Measured
 from refine_af.models.weights import expected_shapes
@@ -72,6 +72,27 @@ def test_an_unknown_name_is_refused(flag: str) -> None:
     run = program(f"--{flag}=nonsense")
     assert run.returncode == 2
     assert run.stderr.startswith(f"error: --{flag}=nonsense: expected some of [")
+
+
+def test_the_novelty_benchmark_compares_equal_decisions() -> None:
+    """Its instructions are of both kinds; the reference is rouge-score itself."""
+    ours, decisions = benchmark_novelty.decisions(120, 0)
+    theirs, expected = benchmark_novelty.reference(120)
+    assert decisions == expected
+    assert 60 < sum(decisions) < 119
+    assert ours.rate * ours.seconds == pytest.approx(theirs.rate * theirs.seconds)  # the pairs
+    texts = benchmark_novelty.first_candidates(120)
+    assert texts == benchmark_novelty.first_candidates(120)
+    assert len(set(texts)) == 120
+
+
+def test_the_novelty_benchmark_counts_what_is_accepted() -> None:
+    """Each candidate is compared with the 175 seeds and with all that were accepted before it."""
+    decisions = benchmark_novelty.decisions(120, 0)[1]
+    measured, pairs = benchmark_novelty.with_statistics(sum(decisions[:40]), 0)
+    last = max(i for i, novel in enumerate(decisions[:40]) if novel)
+    assert pairs == sum(175 + sum(decisions[:i]) for i in range(last + 1))
+    assert measured.rate == pytest.approx(sum(decisions[:40]) / measured.seconds)
 
 
 @pytest.mark.slow

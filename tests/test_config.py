@@ -10,7 +10,8 @@ import pytest
 from absl import flags as absl_flags
 
 from refine_af import config as config_lib
-from refine_af.config import Experiment, config_hash, from_dict
+from refine_af.config import Experiment, config_hash
+from refine_af.config_reading import from_dict
 from refine_af.launch import flags
 
 CONFIGS = {name: flags.load_config(name) for name in flags.available_configs()}
@@ -67,12 +68,16 @@ OTHERS = {
     "ppo.num_microbatches": 4,
     "ppo.lora.pattern": "q|k",
     "sft.lora.pattern": "q|k",
+    "dataset.filter": "reward",
+    "dataset.filter_at": 0.5,
+    "dataset.max_similarity": 0.5,
     "sft.format": "chat",
     "sft.batch_size": 8,
     "sft.num_microbatches": 4,
     "sft.warmup_share": 0.5,
     "sft.eval_share": 0.5,
     "evaluation.format": "chat",
+    "evaluation.track": "xlingual",
 }
 
 
@@ -113,9 +118,10 @@ def test_lists_become_tuples_and_whole_numbers_floats() -> None:
 
 @pytest.mark.parametrize("path", LEAVES)
 def test_the_hash_changes_with_every_field_but_the_mesh(path: str) -> None:
-    config = changed(path, other(path))
-    assert dict(leaves(config)) == LEAVES | {path: other(path)}
-    assert (config_hash(config) == config_hash(TINY)) == path.startswith("mesh.")
+    start = changed("dataset.filter", "reward") if path == "dataset.filter_at" else TINY
+    config = changed(path, other(path), start)
+    assert dict(leaves(config)) == dict(leaves(start)) | {path: other(path)}
+    assert (config_hash(config) == config_hash(start)) == path.startswith("mesh.")
     assert len(config_hash(config)) == 16
 
 
@@ -235,6 +241,13 @@ WORDS = "('q', 'k', 'v', 'o', 'gate', 'up', 'down')"
             3,
             "ppo.group_size=3: expected a divisor of batch_size=8, at least 1 for gae",
         ),
+        (
+            "ppo.kl_coef",
+            0.0,
+            "ppo.kl_coef=0.0: the adaptive controller multiplies it; expected above 0, or "
+            "kl_controller=fixed",
+        ),
+        ("ppo.critic_warmup", 3, "ppo.critic_warmup=3: expected below num_steps=3"),
         ("ppo.dual_clip", 0.5, "ppo.dual_clip=0.5: expected 0 or above 1"),
         (
             "ppo.estimator",
@@ -256,6 +269,24 @@ WORDS = "('q', 'k', 'v', 'o', 'gate', 'up', 'down')"
             "instructions.max_similarity",
             0.0,
             "instructions.max_similarity=0.0: expected in (0, 1]",
+        ),
+        (
+            "dataset.filter",
+            "rewrd",
+            "dataset.filter='rewrd': expected one of ('none', 'reward', 'share'); did you mean "
+            "'reward'?",
+        ),
+        ("dataset.filter", "share", "dataset.filter_at=0.0: expected a share in (0, 1]"),
+        (
+            "dataset.filter_at",
+            0.5,
+            "dataset.filter_at=0.5: needs dataset.filter, 'reward' or 'share'",
+        ),
+        ("dataset.max_similarity", 1.1, "dataset.max_similarity=1.1: expected in (0, 1]"),
+        (
+            "dataset.license",
+            "MIT: free",
+            "dataset.license='MIT: free': expected one of the hub's names, as apache-2.0",
         ),
         (
             "sft.lora.pattern",
@@ -283,6 +314,12 @@ def test_impossible_values_are_refused(path: str, value: Any, message: str) -> N
     with pytest.raises(ValueError) as error:
         changed(path, value)
     assert str(error.value) == message
+
+
+def test_a_filter_by_reward_needs_the_reward() -> None:
+    filtered = changed("dataset.filter", "reward")
+    with pytest.raises(ValueError, match=r"^dataset\.filter='reward': needs instances\.score"):
+        changed("instances.score", False, filtered)
 
 
 def test_groups_need_company_and_have_no_token_rewards() -> None:

@@ -374,7 +374,7 @@ def test_a_target_appears_only_when_it_is_complete(
     assert set(tmp_path.iterdir()) == names
 
 
-@pytest.mark.parametrize("kind", ["hf", "orbax"])
+@pytest.mark.parametrize("kind", ["hf", pytest.param("orbax", marks=pytest.mark.slow)])
 def test_a_full_disk_is_one_clear_line(kind: str, tmp_path: Path) -> None:
     """A limit of 4 KiB on the size of files stands in for the disk."""
     source = families.saved("llama2")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import data_sets
 import jax
 import numpy as np
 import pytest
@@ -102,18 +103,8 @@ def write_adapter(folder: Path, version: int) -> None:
 
 
 def write_dataset(folder: Path, version: int) -> None:
-    rng = np.random.default_rng(version)
-    rows = [
-        {
-            "id": str(i),
-            "instruction": rng.bytes(100).hex(),
-            "input": "",
-            "output": "yes",
-            "is_classification": False,
-        }
-        for i in range(1000)
-    ]
-    dataset.write_dataset(TINY, rows, [], folder / "dataset")
+    made_of = data_sets.material(200, seed=version)
+    dataset.write_dataset(made_of, folder)
 
 
 def write_events(folder: Path, version: int) -> None:

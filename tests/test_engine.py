@@ -83,7 +83,7 @@ def ids_of(completions: Sequence[Completion]) -> list[tuple[int, ...]]:
     return [completion.token_ids for completion in completions]
 
 
-@pytest.mark.parametrize("num_slots", [1, 3])
+@pytest.mark.parametrize("num_slots", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_tokens_do_not_depend_on_slots_neighbours_or_order(num_slots: int) -> None:
     for turn in (1, -1):
         completions = engine(num_slots).generate(tiny_params(), varied_requests()[::turn])

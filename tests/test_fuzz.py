@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from absl import flags as absl_flags
 from damage import ODD_VALUES, changed, edited, fuzz, json_files, jsonl_files, read, written_into
@@ -27,8 +28,11 @@ from test_report import Page, write_stage_files
 
 from refine_af import (
     base_model,
+    comparison,
+    comparison_report,
     diversity,
     instructions,
+    other_sets,
     plots,
     prompts,
     records,
@@ -38,7 +42,8 @@ from refine_af import (
     trained_oracle,
 )
 from refine_af.base_model import BaseModel
-from refine_af.config import Experiment, Mesh, Model, config_hash, from_dict
+from refine_af.config import Experiment, Mesh, Model, config_hash
+from refine_af.config_reading import from_dict
 from refine_af.http_oracle import HttpOracle
 from refine_af.launch import flags
 from refine_af.requests import Completion
@@ -88,6 +93,30 @@ def test_rows(content: bytes) -> None:
     read(lambda: records.resume([path]), path)
 
 
+CHAT = {
+    "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Sing."}]
+}
+
+
+@functools.cache
+def _whole_table() -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([CHAT, {"instruction": "Add."}]), buffer)
+    return buffer.getvalue()
+
+
+@fuzz()
+@given(
+    st.tuples(st.just("set.jsonl"), jsonl_files(CHAT, {"instruction": "Add."}))
+    | st.tuples(st.just("set.json"), json_files({"rows": [CHAT]}).map(lambda x: x[8:-1]))
+    | st.tuples(st.just("set.parquet"), edited(_whole_table()))
+)
+def test_other_sets(file: tuple[str, bytes]) -> None:
+    path = written(*file)
+    for text in read(lambda: other_sets.requests(path), path) or ():
+        records.to_line({"text": text}).encode()
+
+
 @fuzz(0.5)
 @given(json_files(TASK), edited(b"task1\ntask2\n"))
 def test_tasks_and_splits(content: bytes, split: bytes) -> None:
@@ -103,6 +132,31 @@ def test_tasks_and_splits(content: bytes, split: bytes) -> None:
     ):
         if tasks:
             json.dumps(superni.score(tasks, {"a-1": "3"}), ensure_ascii=False).encode()
+
+
+def _evaluation(score: float) -> dict[str, Any]:
+    row = {"instances": 2, "exact_match": 0.0, "rougeL": score}
+    task = {"category": "Maths", **row}
+    scores = {"tasks": {"a": task, "b": task}, "categories": {"Maths": row}, "all": row}
+    singles = {task: {f"{task}-{i}": score for i in range(2)} for task in "ab"}
+    return {"arms": {"base": scores}, "instances": {"base": singles}}
+
+
+@fuzz(0.5)
+@given(json_files(_evaluation(5.0)))
+def test_evaluations_to_compare(content: bytes) -> None:
+    path = written("damaged/evaluation.json", content)
+    written("sound/evaluation.json", json.dumps(_evaluation(7.0)).encode())
+    sound, damaged = f"b={FOLDER}/sound", f"a={FOLDER}/damaged"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "NUM_RESAMPLES", 9)
+        found = read(
+            lambda: comparison.compare([comparison.open_run(text) for text in (damaged, sound)]),
+            path,
+        )
+    if found:
+        comparison.to_json(found).encode()
+        comparison_report.to_markdown(found).encode()
 
 
 PROMPT = {"prompt": "ab", "temperature": 0.5, "stop": ["x"], "stop_token_ids": [5], "seed": 1}

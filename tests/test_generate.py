@@ -194,7 +194,9 @@ def test_generate_says_what_is_wrong_with_one_prompt(program: Program) -> None:
     )
 
 
-@pytest.mark.parametrize("option", ["int8_weights", "int8_cache"])
+@pytest.mark.parametrize(
+    "option", [pytest.param("int8_weights", marks=pytest.mark.slow), "int8_cache"]
+)
 def test_generate_with_int8_says_much_the_same(
     option: str, program: Program, tmp_path: Path
 ) -> None:

@@ -42,16 +42,16 @@ class Quick(RlafStage):
     """Every step updates and writes down; its answers are the first ones."""
 
     first: ClassVar[list[Any]] = []
-    sizes: ClassVar[list[int]] = []  # of memory after each step, bytes
+    sizes: ClassVar[list[int]] = []  # of memory at each step, bytes
 
     def _sampled(self, *args: Any) -> Any:
         if not self.first:
             self.first.append(super()._sampled(*args))
         return self.first[0]
 
-    def _record(self, *args: Any) -> None:
-        super()._record(*args)
+    def _learn(self, *args: Any) -> Any:
         self.sizes.append(psutil.Process().memory_info().rss)
+        return super()._learn(*args)
 
 
 def main(workdir: Path, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Stage 3 and the prompt that it shares with stage 2: parsing, filters, batches, the data set."""
+"""Stage 3 and the prompt that it shares with stage 2: parsing, filters, batches, scores."""
 
 import dataclasses
 import zlib
@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 
-from refine_af import dataset, instances, prompts, records, seeds
+from refine_af import instances, prompts, records, seeds
 from refine_af.configs import tiny
 from refine_af.instances import InstanceStage, fault, select
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.prompts import parse_instance
 from refine_af.requests import Completion, Request
+from refine_af.rewards import Example, Oracle
 from refine_af.seeds import Instance, SeedTask
 
 # The prompt
@@ -133,7 +133,11 @@ def test_answers_to_one_instruction_are_sifted(
 ) -> None:
     """At most three are kept; a conflict past the limit counts as well."""
     pairs, faults = select(completions(*answers), limit=3, accept_unmarked=False)
-    assert pairs == kept
+    assert [(pair.input, pair.output) for pair in pairs] == kept
+    texts = [
+        parse_instance(completions(*answers)[p.answer].text, accept_unmarked=False) for p in pairs
+    ]
+    assert texts == kept
     assert [reason for _, reason in faults] == reasons
     assert len(pairs) + len(faults) == len(answers)
     assert {text for text, _ in faults} <= {c.text for c in completions(*answers)}
@@ -141,7 +145,7 @@ def test_answers_to_one_instruction_are_sifted(
 
 def test_unmarked_text_is_an_output_when_the_config_says_so() -> None:
     pairs, faults = select(completions("la la", "la la"), limit=3, accept_unmarked=True)
-    assert (pairs, faults) == ([("", "la la")], [("la la", "duplicate")])
+    assert (pairs, faults) == ([("", "la la", 0)], [("la la", "duplicate")])
 
 
 # Batches, with an engine that needs no model
@@ -188,10 +192,10 @@ CONFIG = dataclasses.replace(
 )
 
 
-def run(workdir: Path) -> list[list[Request]]:
+def run(workdir: Path, oracle: Oracle | None = None) -> list[list[Request]]:
     """Runs the stage; returns what it asked for, by batch."""
     base: Any = FakeBase()
-    InstanceStage(CONFIG, base, seeds.load(), TASKS, workdir).run({})
+    InstanceStage(CONFIG, base, seeds.load(), TASKS, workdir, oracle).run({})
     return base.requests
 
 
@@ -259,27 +263,38 @@ def test_a_second_run_makes_the_last_batch_again_with_the_same_result(tmp_path: 
     assert contents(tmp_path) == before
 
 
-# The data set
+def test_a_row_names_its_prompt_and_the_seeds_in_it(tmp_path: Path) -> None:
+    requests = [request for batch in run(tmp_path) for request in batch]
+    texts = [byte_tokenizer().decode(request.prompt_ids) for request in requests]
+    tasks = {task.id: task for task in seeds.load()}
+    for row in records.read_rows(tmp_path / instances.ACCEPTED):
+        answers = [
+            parse_instance(says(request).text, accept_unmarked=False)
+            for request, text in zip(requests, texts, strict=True)
+            if text == row["prompt"]
+        ]
+        assert (row["input"], row["output"]) in answers
+        shown = [tasks[key] for key in row["demo_ids"]]
+        assert len(shown) == CONFIG.prompts.num_demos
+        assert row["prompt"] == prompts.with_demos(row["instruction"], shown)
 
 
-def test_the_data_set_loads_with_its_features_and_says_what_was_dropped(tmp_path: Path) -> None:
-    rows = [
-        {"id": "t0", "instruction": "Add.", "input": "1 2", "output": "3", "batch": 0},
-        {"id": "t0", "instruction": "Add.", "input": "2 2", "output": "4", "batch": 0},
-        {"id": "t1", "instruction": "Sing — ♪.", "input": "", "output": "la\nla", "batch": 1},
-    ]
-    rows = [row | {"is_classification": row["id"] == "t1"} for row in rows]
-    dropped = [{"reason": "truncated"}, {"reason": "truncated"}, {"reason": "duplicate"}]
-    dataset.write_dataset(tiny.get_config(), rows, dropped, tmp_path)
-    table = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"), cache_dir=str(tmp_path))
-    assert table.to_list() == [{k: v for k, v in row.items() if k != "batch"} for row in rows]
-    card = (tmp_path / "README.md").read_text()
-    assert "3 triplets (instruction, input, output) for 2 instructions" in card
-    assert card.index("| truncated | 2 |") < card.index("| duplicate | 1 |")
-    assert "| rows with an input | 2 |" in card
-    assert "| classification rows | 1 |" in card
+def test_what_is_kept_is_scored_on_one_scale(tmp_path: Path) -> None:
+    """That of the components themselves, whatever normalisation training used."""
 
+    def oracle(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        lengths = [float(len(e.context) + 10 * len(e.output)) for e in examples]
+        return {"rew": np.asarray(lengths), "nat": np.ones(len(examples))}
 
-def test_a_data_set_without_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no instance was accepted; see the reasons in rejected_"):
-        dataset.write_dataset(tiny.get_config(), [], [], tmp_path)
+    options = dataclasses.replace(CONFIG.reward, normalise="batch", und=0.0, coh=0.0)
+    config = dataclasses.replace(CONFIG, reward=options)
+    base: Any = FakeBase()
+    InstanceStage(config, base, seeds.load(), TASKS, tmp_path, oracle).run({})
+    rows = records.read_rows(tmp_path / instances.ACCEPTED)
+    assert len({row["reward"] for row in rows}) > 3
+    for row in rows:
+        rew = len(f"{row['instruction']}\n{row['input']}".strip()) + 10 * len(row["output"])
+        assert row["components"] == {"rew": rew, "nat": 1.0}
+        assert row["reward"] == pytest.approx(0.0078 * rew + 0.3212 - 0.0274, abs=1e-6)
+    run(tmp_path / "without")
+    assert "reward" not in records.read_rows(tmp_path / "without" / instances.ACCEPTED)[0]

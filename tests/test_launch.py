@@ -391,12 +391,21 @@ def tasks(tmp_path: Path) -> Path:
     return folder
 
 
-def test_evaluate_scores_predictions(program: Program, tasks: Path, tmp_path: Path) -> None:
+TABLE = [("task", "task1_echo"), ("category", "Echo"), ("all", "")]
+
+
+def test_evaluate_scores_predictions(
+    program: Program, tasks: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [{"id": "echo-0", "prediction": "A."}, {"id": "other", "prediction": "b"}]
     files = (f"--predictions={jsonl(tmp_path / 'rows', *rows)}", f"--output={tmp_path / 'out'}")
-    code, out, err = program("evaluate", f"--tasks={tasks}", *files)
+    code, out, _ = program("evaluate", f"--tasks={tasks}", *files)
     scores = {"instances": 2, "exact_match": 50.0, "rougeL": 50.0}
-    assert (code, out, err) == (0, f"predictions: {json.dumps(scores)}\n", "")
+    rows = [f"{kind:8} {name:10}         2     50.0000  50.0000" for kind, name in TABLE]
+    head = " " * 20 + "instances exact_match   rougeL"
+    assert (code, out.splitlines()) == (0, [f"predictions: {json.dumps(scores)}", head, *rows])
+    missing = "1 of 2 instances have no prediction and count as empty, the first is echo-1"
+    assert caplog.messages == [f"{tmp_path / 'rows'}: {missing}"]
     assert records.read_json(tmp_path / "out/evaluation.json")["arms"] == {
         "predictions": {
             "tasks": {"task1_echo": {"category": "Echo", **scores}},
@@ -404,6 +413,8 @@ def test_evaluate_scores_predictions(program: Program, tasks: Path, tmp_path: Pa
             "all": scores,
         }
     }
+    instances = records.read_json(tmp_path / "out/evaluation.json")["instances"]
+    assert instances == {"predictions": {"task1_echo": {"echo-0": 100.0, "echo-1": 0.0}}}
 
 
 def test_evaluate_refuses_predictions_of_other_tasks_and_with_a_model(
@@ -417,6 +428,7 @@ def test_evaluate_refuses_predictions_of_other_tasks_and_with_a_model(
     assert program("evaluate", "--model=random:tiny", *files) == refused(message)
 
 
+@pytest.mark.slow
 def test_evaluate_asks_a_model_once(program: Program, tasks: Path, tmp_path: Path) -> None:
     """A second start finds its answers; one with other options would mix them up."""
     output = tmp_path / "configs"  # looks like a flag, and is none

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from updates import CONFIG, base
 
-from refine_af import policy_update, rlaf, rollout
+from refine_af import policy_update, rollout
 from refine_af.config import Lora, Ppo, Sampling
 from refine_af.mesh import shard_batch
 from refine_af.policy import Policy
@@ -28,11 +28,19 @@ TASK = dataclasses.replace(
     learning_rate=1e-2,
     warmup_steps=2,
     kl_coef=0.0,
+    kl_controller="fixed",
     lora=Lora(rank=8, alpha=16.0),
     sampling=Sampling(temperature=HEAT, max_new_tokens=ANSWER),
 )
+BUDGET = 3.0  # nats an answer
 WITH_KL = dataclasses.replace(
-    TASK, num_steps=80, learning_rate=3e-3, kl_coef=0.1, kl_target=3.0, kl_horizon=512
+    TASK,
+    num_steps=120,
+    learning_rate=3e-3,
+    kl_controller="adaptive",
+    kl_coef=0.1,
+    kl_target=0.9 * BUDGET,  # the controller swings to either side of it
+    kl_horizon=256,
 )
 RUNS = [*(("gae", seed) for seed in range(5)), ("rloo", 0), ("grpo", 0)]
 
@@ -41,7 +49,7 @@ def train(options: Ppo, seed: int) -> tuple[list[float], list[float]]:
     """(mean reward, KL of an answer) of each step's rollout."""
     home = base()
     experiment = dataclasses.replace(CONFIG, seed=seed, ppo=options)
-    state = rlaf.new_state(experiment, home)
+    state = policy_update.new_state(experiment, home)
     policy = Policy(home, options)
     definition = policy.definition
     update = policy_update.make_update(definition, options, home.mesh)
@@ -82,11 +90,12 @@ def test_it_learns_the_toy_task(estimator: str, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
-def test_the_controller_holds_the_kl_at_its_target(seed: int) -> None:
+def test_the_controller_holds_the_kl_within_a_budget(seed: int) -> None:
     """What the answers may move is then spent on the reward.
 
-    The controller acts after a rollout, so that the KL swings about its target.
+    The controller acts after a rollout, so that the KL of single ones swings.
     """
     rewards, kls = train(WITH_KL, seed)
-    assert np.mean(kls[-20:]) < 1.15 * WITH_KL.kl_target
+    print(f"KL {np.mean(kls[-40:]):.3f}, reward {np.mean(rewards[-20:]):.3f}")
+    assert np.mean(kls[-40:]) <= BUDGET
     assert np.mean(rewards[-20:]) > 3 * rewards[0]

@@ -67,6 +67,30 @@ def test_pieces_are_the_whole(
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 
 
+def test_the_gradient_of_a_head_in_bfloat16_is_added_up_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From 128 pieces it is as near as from one: what is left is the rounding of the result."""
+    monkeypatch.setattr(logprobs, "_POSITIONS", 4)
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(1, 512, TINY.embed_dim)), jnp.bfloat16)
+    targets = jnp.asarray(rng.integers(0, TINY.vocab_size, (1, 512)))
+    params, _ = transformer.init(TINY, key=jax.random.key(0))
+    rounded = jax.tree.map(lambda x: (5 * x).astype(jnp.bfloat16), params)
+
+    def gradient(dtype: Any) -> Any:
+        def loss(params: Params) -> jax.Array:
+            model = transformer.bind(transformer.define(TINY), params)
+            return jnp.sum(logprobs.of_targets(model, hidden.astype(dtype), targets)[0])
+
+        found = jax.grad(loss)(jax.tree.map(lambda x: x.astype(dtype), rounded))
+        return jnp.concatenate([x.astype(jnp.float32).reshape(-1) for x in jax.tree.leaves(found)])
+
+    exact = gradient(jnp.float32)
+    error = jnp.linalg.norm(gradient(jnp.bfloat16) - exact) / jnp.linalg.norm(exact)
+    assert error < 0.003
+
+
 def test_a_certain_token_has_no_entropy() -> None:
     params, hidden, targets = arrays(TINY)
     model = transformer.bind(transformer.define(TINY), params)

@@ -126,6 +126,23 @@ def test_an_added_text_is_compared_with() -> None:
     assert not is_novel(pool, "name two colours", 0.66)
 
 
+def test_texts_that_are_compared_together_come_out_as_one_by_one() -> None:
+    """Also where the pool grows meanwhile, by a copy of one that is still to come."""
+    texts = [*random_texts(300, seed=0)[:150], "", "!"]
+    alone, together = NoveltyPool(random_texts(20, seed=1)), NoveltyPool(random_texts(20, seed=1))
+    assert list(together.compare_all(texts)) == [alone.compare(text) for text in texts]
+    together.prepare(texts)
+    for text, later in zip(texts, [*texts[1:], "more"], strict=True):
+        assert together.compare(text) == alone.compare(text)
+        for pool in (alone, together):
+            pool.add(later)
+    empty = NoveltyPool([])
+    empty.prepare(["sing"])
+    empty.add("sing")
+    assert empty.compare("sing").maximum == 1.0
+    assert len(empty) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [

@@ -135,6 +135,7 @@ def toy() -> tuple[list[list[Answer]], list[Pair]]:
     return groups, pairs
 
 
+@pytest.mark.slow
 def test_loss_falls_accuracy_rises_and_the_same_seed_gives_the_same_oracle(tmp_path: Path) -> None:
     groups, pairs = toy()
     rows: list[records.Row] = []

@@ -321,6 +321,25 @@ def test_what_was_asked_ahead_is_there_when_it_is_wanted(tmp_path: Path) -> None
     assert resting.oracle.asked == []
 
 
+def test_a_rollout_does_not_wait_for_the_scores_of_the_next(tmp_path: Path) -> None:
+    """The oracle gets stuck in the second one, whose answers were asked for before the call."""
+    stuck, go_on = threading.Event(), threading.Event()
+
+    def inner(examples: Sequence[Example]) -> dict[str, np.ndarray]:
+        if examples[0] == EXAMPLES[1]:
+            stuck.set()
+            assert go_on.wait(60)
+        return {"length": np.asarray([float(len(e.output)) for e in examples])}
+
+    oracle = CachedOracle(inner, tmp_path / "scores", "", ahead=True)
+    oracle.prefetch(EXAMPLES[:1], 0)
+    oracle.prefetch(EXAMPLES[1:], 1)
+    assert stuck.wait(60)
+    assert len(oracle(EXAMPLES[:1])["length"]) == 1
+    go_on.set()
+    assert len(oracle(EXAMPLES)["length"]) == len(EXAMPLES)
+
+
 def test_a_fault_that_came_ahead_is_told_when_the_oracle_is_called(tmp_path: Path) -> None:
     def fails(_: Sequence[Example]) -> dict[str, np.ndarray]:
         raise ValueError("no")

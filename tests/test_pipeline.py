@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from runs import DATASET, METRICS, PREDICTIONS, REPORT, WHOLE, Done, Programs, differences, outputs
+from runs import (
+    DATASET,
+    METRICS,
+    PREDICTIONS,
+    REPORT,
+    TABLES,
+    WHOLE,
+    Done,
+    Programs,
+    differences,
+    outputs,
+)
 from safetensors.numpy import load_file
 
 from refine_af import records
@@ -36,8 +48,8 @@ def test_a_run_leaves_every_file(undisturbed: Done) -> None:
     assert ended.out == f"report: {workdir / 'report.html'}\n"
     assert "Traceback" not in ended.err
     names = {str(p.relative_to(workdir)) for p in workdir.rglob("*") if p.is_file()}
-    assert {*WHOLE, *METRICS, DATASET, *REPORT} <= names
-    others = names - {*WHOLE, *METRICS, DATASET, *REPORT}
+    assert {*WHOLE, *METRICS, *TABLES, *REPORT} <= names
+    others = names - {*WHOLE, *METRICS, *TABLES, *REPORT}
     folders = {"/".join(name.split("/")[:2]) for name in others}
     events = {name for name in folders if name.startswith("ppo/events.out.tfevents.")}
     folders -= {*events, "ppo/scores.sqlite"}
@@ -73,14 +85,27 @@ def test_the_data_set_loads(undisturbed: Done, tmp_path: Path) -> None:
     """By its parquet file, and by its folder, whose card names the file."""
     folder = undisturbed.workdir / "dataset"
     kept = records.read_rows(undisturbed.workdir / "instances.jsonl")
+    written = {
+        row["id"]: row for row in records.read_rows(undisturbed.workdir / "instructions.jsonl")
+    }
     for where in (
         {"path": "parquet", "data_files": str(folder / "train.parquet")},
+        {"path": "json", "data_files": str(folder / "train.jsonl")},
         {"path": str(folder)},
     ):
         table = datasets.load_dataset(**where, cache_dir=str(tmp_path))["train"]
-        names = ["id", "instruction", "input", "output", "is_classification"]
-        assert table.column_names == names
-        assert table.to_list() == [{name: row[name] for name in names} for row in kept]
+        assert len(table) == len(kept)
+        for row, instance in zip(table.to_list(), kept, strict=True):
+            for name in ("id", "instruction", "input", "output", "prompt", "demo_ids", "reward"):
+                assert row[name] == instance[name]
+            assert instance["components"] == {
+                name: row[f"reward_{name}"] for name in ("rew", "nat", "und", "coh")
+            }
+            made = written[row["id"]]
+            assert row["seed_ids"] + row["generated_ids"]
+            assert {*row["seed_ids"], *row["generated_ids"]} == {*made["prompt_ids"]}
+            assert row["max_similarity"] == made["most_similar"][row["most_similar"]]
+            assert (row["model"], row["arm"]) == ("random:tiny", "refine_af")
 
 
 def test_the_tuned_model_loads_in_transformers(undisturbed: Done) -> None:
@@ -100,6 +125,29 @@ def test_the_tuned_model_loads_in_transformers(undisturbed: Done) -> None:
     )
     assert not np.array_equal(tuned, base)
     assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == np.float32
+
+
+@pytest.mark.slow
+def test_a_damaged_policy_is_made_again(
+    undisturbed: Done, programs: Programs, tmp_path: Path
+) -> None:
+    """PPO had finished; its last step is taken once more, and everything behind it."""
+    workdir = tmp_path / "run"
+    for name in ("config.json", "instructions.jsonl", "rejected_instructions.jsonl"):
+        copied(undisturbed.workdir / name, workdir / name)
+    shutil.copytree(undisturbed.workdir / "ppo", workdir / "ppo")
+    newest = max(int(path.name) for path in (workdir / "ppo/checkpoints").iterdir())
+    cut = workdir / f"ppo/checkpoints/{newest}/default/manifest.ocdbt"
+    cut.write_bytes(cut.read_bytes()[:-3])
+    ended = programs.run("pipeline", workdir)
+    assert ended.code == 0, ended.err
+    assert "damaged" in ended.err
+    assert differences(undisturbed.workdir, workdir) == []
+
+
+def copied(source: Path, target: Path) -> None:
+    target.parent.mkdir(exist_ok=True)
+    shutil.copy(source, target)
 
 
 def test_a_second_start_changes_nothing_and_is_quick(undisturbed: Done, programs: Programs) -> None:

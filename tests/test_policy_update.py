@@ -14,6 +14,7 @@ import pytest
 from updates import (
     ALONE,
     ANSWER,
+    BOTH_CUTS,
     COLD,
     CONFIG,
     EOS,
@@ -23,6 +24,7 @@ from updates import (
     ONE_STEP,
     OPTIONS,
     ROWS,
+    SEPARATE,
     SPLIT,
     Sizes,
     answers,
@@ -33,6 +35,7 @@ from updates import (
     new_state,
     pack,
     read,
+    slow,
     update,
 )
 
@@ -47,7 +50,11 @@ from refine_af.training import TrainState
 # Before anything is learnt
 
 
-@pytest.mark.parametrize("options", [GRADIENT, ONE_STEP], ids=["cold, top-p", "hot, top-k"])
+@pytest.mark.parametrize(
+    "options",
+    [GRADIENT, ONE_STEP, slow(dataclasses.replace(ONE_STEP, sampling=BOTH_CUTS))],
+    ids=["cold, top-p", "hot, top-k", "hot, both"],
+)
 def test_identical_weights_have_no_kl_and_ratio_1(options: Ppo) -> None:
     """Whatever the temperature, and whatever top-k and top-p kept from being drawn."""
     _, metrics = update(options, noise=None)
@@ -93,7 +100,7 @@ def test_an_answer_cut_by_length_is_not_rewarded_as_ended() -> None:
 # How the batch is cut, and where it lies
 
 
-@pytest.mark.parametrize("pieces", [2, 4])
+@pytest.mark.parametrize("pieces", [slow(2), 4])
 def test_microbatches_change_nothing(pieces: int) -> None:
     whole = dataclasses.replace(OPTIONS, num_minibatches=1)
     cut = dataclasses.replace(whole, num_microbatches=pieces)
@@ -157,15 +164,26 @@ def test_activations_stay_where_their_rows_are() -> None:
     assert largest(definition) < stream <= largest(dataclasses.replace(definition, rows=None))
 
 
+GRPO = dataclasses.replace(GROUPS, estimator="grpo")
+
+
 @pytest.mark.parametrize(
-    "sizes",
-    [(8, 1, 1), (1, 8, 1), (2, 1, 4), (2, 2, 2)],
-    ids=["data8", "fsdp8", "data2-tensor4", "data2-fsdp2-tensor2"],
+    ("options", "sizes"),
+    [
+        (OPTIONS, (2, 2, 2)),
+        *(
+            pytest.param(options, sizes, marks=pytest.mark.slow)
+            for options, sizes in [
+                *((OPTIONS, sizes) for sizes in ((8, 1, 1), (1, 8, 1), (2, 1, 4))),
+                *((options, (2, 2, 2)) for options in (SEPARATE, GROUPS, GRPO)),
+            ]
+        ),
+    ],
 )
-def test_a_mesh_changes_nothing(sizes: Sizes) -> None:
+def test_a_mesh_changes_nothing(options: Ppo, sizes: Sizes) -> None:
     rows = pack(answers()[1], layout=SPLIT)._asdict()
-    state, metrics = update(sizes=sizes, **rows)
-    expected_state, expected_metrics = update(**rows)
+    state, metrics = update(options, sizes=sizes, **rows)
+    expected_state, expected_metrics = update(options, **rows)
     assert_close(metrics, expected_metrics, 1e-5)
     assert_close(state, expected_state, 1e-5)
 
@@ -247,7 +265,8 @@ def test_scores_are_scaled_by_all_that_were_seen() -> None:
 def test_whitened_rewards_have_deviation_1_and_keep_their_mean() -> None:
     rows = answers()[0]
     reading, state = read(new_state(1), rows), new_state(1)
-    options = dataclasses.replace(OPTIONS, gae_lambda=1.0, gamma=1.0, kl_coef=0.0)
+    without = {"kl_coef": 0.0, "kl_controller": "fixed"}
+    options = dataclasses.replace(OPTIONS, gae_lambda=1.0, gamma=1.0, **without)
     state = state._replace(kl_coef=jnp.zeros(()))
     whitened = dataclasses.replace(options, whiten_rewards=True)
     plain, scaled = (
@@ -263,6 +282,7 @@ def test_whitened_rewards_have_deviation_1_and_keep_their_mean() -> None:
     np.testing.assert_allclose(rewards[1], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_epochs_end_once_the_policy_has_moved_too_far() -> None:
     """The first step is at the policy that sampled; the second one sees what it did."""
     whole, figures = update()
@@ -307,6 +327,7 @@ def test_one_bad_minibatch_is_seen() -> None:
     assert (metrics["ppo/steps_taken"], metrics["ppo/steps_skipped"]) == (3, 1)
     assert np.isnan(metrics["ppo/loss"]) and np.isnan(metrics["ppo/grad_norm"])
     assert metrics["nonfinite/score"] == 1
+    assert metrics["nonfinite/loss"] == metrics["nonfinite/gradient of policy"] == 1
     assert steps_taken(state) == {3}
 
 
@@ -333,10 +354,11 @@ def test_a_bad_gradient_costs_one_step_and_the_next_is_taken(bad: float) -> None
 
 def test_too_many_skipped_steps_stop_the_run() -> None:
     state = new_state()._replace(skipped=jnp.asarray(3, jnp.int32))
-    training.check_skipped(state, 3, "ppo step 7")
+    training.check_skipped(state, "ppo step 7", limit=3)
     with pytest.raises(
         ValueError, match=r"ppo step 7: 3 steps in a row had a gradient that is not finite"
     ):
-        training.check_skipped(state, 2, "ppo step 7")
-    with pytest.raises(ValueError, match=r"\(limit 2\); not finite before it: score; lower"):
-        training.check_skipped(state, 2, "", {"nonfinite/score": 1.0, "nonfinite/values": 0.0})
+        training.check_skipped(state, "ppo step 7", limit=2)
+    with pytest.raises(ValueError, match=r"\(limit 2\); not finite: score; lower"):
+        figures = {"nonfinite/score": 1.0, "nonfinite/values": 0.0}
+        training.check_skipped(state, "", figures, limit=2)

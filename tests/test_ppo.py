@@ -210,21 +210,22 @@ def test_a_log_ratio_that_would_overflow_is_clamped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "returns", "loss"),
+    ("value", "returns", "loss", "clipped"),
     [
-        (1.1, 2.0, 0.405),  # within .2 of the old value 1: .5 * .9^2
-        (2.0, 2.0, 0.32),  # jumped to the return: as if it had stopped at 1.2, .5 * .8^2
-        (3.0, 1.0, 2.0),  # overshot: the plain error, .5 * 2^2, is the larger
-        (0.5, 2.0, 1.125),  # away from the return: .5 * 1.5^2, not .5 * 1.2^2
+        (1.1, 2.0, 0.405, 0),  # within .2 of the old value 1: .5 * .9^2
+        (2.0, 2.0, 0.32, 1),  # jumped to the return: as if it had stopped at 1.2, .5 * .8^2
+        (3.0, 1.0, 2.0, 0),  # overshot: the plain error, .5 * 2^2, is the larger
+        (0.5, 2.0, 1.125, 0),  # away from the return: .5 * 1.5^2, not .5 * 1.2^2
     ],
 )
 def test_value_loss_is_the_worse_of_plain_and_clipped(
-    value: float, returns: float, loss: float
+    value: float, returns: float, loss: float, clipped: int
 ) -> None:
     """The second column is padding."""
     columns = [f32([x, 50.0]) for x in (value, 1.0, returns)]
     actual = ppo.value_loss(*columns, f32([1, 0]), 0.2)
-    assert float(actual) == pytest.approx(loss, rel=1e-6)
+    assert float(actual.loss) == pytest.approx(loss, rel=1e-6)
+    assert int(actual.clipped) == clipped
 
 
 # Controller and critic

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from refine_af import ppo_evaluation, records
+from refine_af.actor import Answers
 from refine_af.configs import tiny
+from refine_af.ppo_prompts import Batch
 from refine_af.requests import Completion
 from refine_af.rewards import Judgement
 
@@ -46,6 +48,7 @@ def test_both_arms_are_written_with_their_figures(tmp_path: Path) -> None:
     """Two instructions with two answers each; the third answer before cannot be read."""
 
     config = tiny.get_config()
+    config = dataclasses.replace(config, ppo=dataclasses.replace(config.ppo, num_eval_samples=2))
     assert not ppo_evaluation.measured(config, tmp_path)
 
     def answer(arm: str) -> ppo_evaluation.Arm:
@@ -54,9 +57,11 @@ def test_both_arms_are_written_with_their_figures(tmp_path: Path) -> None:
         judged = [Judgement(r + late, {"reward": 2.0 * r}) for r in (0.0, 1.0, 2.0, 3.0)]
         if not late:
             judged[2] = Judgement(-1.0, None)
-        return completions, judged, np.asarray([0.0, 1.0, 2.0, 3.0]) * late
+        batch = Batch([], [text for text in TEXTS[:2] for _ in range(2)])
+        answers = Answers(batch, completions, [None] * 4, judged)
+        return answers, np.asarray([0.0, 1.0, 2.0, 3.0]) * late
 
-    ppo_evaluation.compare(tmp_path, TEXTS[:2], 2, answer, config)
+    ppo_evaluation.compare(tmp_path, TEXTS[:2], answer, config)
     assert ppo_evaluation.measured(config, tmp_path)
     assert not ppo_evaluation.measured(dataclasses.replace(config, seed=1), tmp_path)
     summary = json.loads((tmp_path / ppo_evaluation.SUMMARY).read_text())

@@ -7,14 +7,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import data_sets
 import matplotlib
 import pytest
 
-from refine_af import plots
+from refine_af import dataset, dataset_statistics, plots
 from refine_af.records import Row, append_rows
 from refine_af.report import write_report
 
 HOSTILE = "Explain <script>alert('x')</script> & \"quotes\" to a child."
+DATA_SET_FIGURES = [
+    "Verbs and their objects",
+    "Overlap with the seed tasks",
+    "Lengths",
+    "Reward of the rows",
+]
 FIGURES = [
     "Overlap with the nearest instruction",
     "Length of the instructions",
@@ -26,8 +33,10 @@ FIGURES = [
     "Size of the policy updates",
     "Value head",
     "Reward of each held-out instruction",
+    *DATA_SET_FIGURES,
     "Loss",
     "ROUGE-L on every task",
+    "Gain in ROUGE-L on every task",
     "Wall-clock time of the stages",
 ]
 PPO_KEYS = [
@@ -100,6 +109,15 @@ def scores(rouge: dict[str, float]) -> dict[str, Any]:
     return {"tasks": tasks, "categories": {"Word Analogy": whole}, "all": whole}
 
 
+def write_statistics(folder: Path, reward: float) -> None:
+    """What the report reads of a data set."""
+    tasks = [data_sets.instruction(i, HOSTILE) for i in range(2)]
+    rows = [data_sets.instance(task, "a", "one two three", reward) for task in tasks]
+    rows = dataset.rows_of(data_sets.made_of(rows, tasks))
+    (folder / "dataset").mkdir(parents=True)
+    write_json(folder / "dataset/statistics.json", dataset_statistics.of_rows(rows, ["Sing."]))
+
+
 def write_stage_files(path: Path) -> None:
     texts = [HOSTILE, "Write a story.", "Write a poem.", "Name a city."]
     append_rows(path / "instructions.jsonl", [instruction(i, text) for i, text in enumerate(texts)])
@@ -156,6 +174,7 @@ def write_stage_files(path: Path) -> None:
         path / "rejected_instances.jsonl",
         [{"id": "i", "instruction": "a", "completion": "b", "reason": "unparsable", "batch": 0}],
     )
+    write_statistics(path, 0.25)
     losses = [{"step": s, "epoch": s / 2, "loss": 3.0 - s / 2} for s in (1, 2, 3)]
     append_rows(path / "sft/metrics.jsonl", [*losses[:2], losses[2] | {"eval_loss": 1.75}])
 
@@ -256,6 +275,21 @@ def test_samples_of_every_stage(workdir: Path) -> None:
     assert 'ppo.lora.rank = 16 ppo.sampling.stop = ["\\n"]' in text
 
 
+def test_data_sets_of_two_arms_stand_side_by_side(workdir: Path) -> None:
+    alone = read(workdir)
+    assert "The data set What the filters have left" in alone.text
+    assert "REFINE-AF rows 2 instructions 2 rows with an input 2" in alone.text
+    write_statistics(workdir / "self_instruct", -1.0)
+    html = write_report(workdir).read_text(encoding="utf-8")
+    text = Page(html).text
+    assert "REFINE-AF Self-Instruct rows 2 2 instructions 2 2" in text
+    assert "mean reward 0.25 \N{MINUS SIGN}1" in text
+    titles = re.findall(r"<h3>(.*?)</h3>", html)
+    assert [f"{title}, REFINE-AF" in titles for title in DATA_SET_FIGURES] == [True] * 4
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+
+
 def test_equal_workdirs_give_equal_bytes(workdir: Path) -> None:
     first = write_report(workdir).read_bytes()
     assert write_report(workdir).read_bytes() == first
@@ -280,8 +314,9 @@ def test_empty_workdir_names_every_stage_as_not_run(tmp_path: Path) -> None:
         ("ppo/rollouts.jsonl", 0),
         ("instances.jsonl", 0),
         ("rejected_instances.jsonl", 0),
+        ("dataset/statistics.json", 4),
         ("sft/metrics.jsonl", 1),
-        ("evaluation.json", 1),
+        ("evaluation.json", 2),
         ("predictions.jsonl", 0),
         ("timings.json", 1),
         ("config.json", 0),

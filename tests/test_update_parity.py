@@ -14,6 +14,7 @@ from updates import (
     FULL,
     GRADIENT,
     OPTIONS,
+    SEPARATE,
     TINY,
     answers,
     asked,
@@ -22,6 +23,7 @@ from updates import (
     distance,
     new_state,
     read,
+    slow,
     update,
 )
 
@@ -33,7 +35,10 @@ from refine_af.training import TrainState
 
 
 class Torch:
-    """Policy and critic in torch; what is trained are leaves with gradients."""
+    """Policy and critic in torch; what is trained are leaves with gradients.
+
+    A critic of its own is an adapter on the same frozen weights.
+    """
 
     def __init__(self, folder: Path, state: TrainState) -> None:
         torch.set_num_threads(1)  # its threads and XLA's, spinning on the same cores
@@ -45,14 +50,14 @@ class Torch:
             lambda x: torch.tensor(np.asarray(x, np.float64), requires_grad=True), state.params
         )
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Of the policy: with alpha / rank * A B added, where there are adapters."""
+    def weights(self, trunk: str) -> dict[str, torch.Tensor]:
+        """Of policy or critic: with alpha / rank * A B added, where there are adapters."""
         weights = dict(self.model.named_parameters())
-        if "adapter" not in self.trainable["policy"]:
+        if "adapter" not in self.trainable[trunk]:
             return weights
         scale = OPTIONS.lora.alpha / OPTIONS.lora.rank
         blocks = {"attention": "self_attn", "feed_forward": "mlp"}
-        for block, linears in self.trainable["policy"]["adapter"]["layers"].items():
+        for block, linears in self.trainable[trunk]["adapter"]["layers"].items():
             for name, pair in linears.items():
                 for i, (a, b) in enumerate(zip(pair["lora_a"], pair["lora_b"], strict=True)):
                     key = f"model.layers.{i}.{blocks[block]}.{name}_proj.weight"
@@ -63,8 +68,8 @@ class Torch:
         """Of all that is trained, as our tree: those of a whole model go through its file."""
         found = {
             name: jax.tree.map(lambda leaf: leaf.grad.numpy(), self.trainable[name])
-            for name in ("value_head", "policy")
-            if name == "value_head" or "adapter" in self.trainable["policy"]
+            for name, trunk in self.trainable.items()
+            if name == "value_head" or "adapter" in trunk
         }
         if "policy" not in found:
             grads = {name: p.grad for name, p in self.model.named_parameters()}
@@ -75,16 +80,20 @@ class Torch:
         return found
 
     def __call__(
-        self, weights: dict[str, torch.Tensor], prompt: list[int], answer: list[int], heat: float
+        self, prompt: list[int], answer: list[int], heat: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probability and value of each answer token, and entropy before it."""
         ids = torch.tensor([[*prompt, *answer]])
         call = {"input_ids": ids, "output_hidden_states": True}
-        out = torch.func.functional_call(self.model, weights, (), call)
         before = slice(len(prompt) - 1, -1)
-        logprobs = torch.log_softmax(out.logits[0, before] / heat, -1)
+        trunks = ("policy", "critic" if "critic" in self.trainable else "policy")
+        policy, critic = (
+            torch.func.functional_call(self.model, self.weights(trunk), (), call)
+            for trunk in trunks
+        )
+        logprobs = torch.log_softmax(policy.logits[0, before] / heat, -1)
         head = self.trainable["value_head"]
-        values = out.hidden_states[-1][0, before] @ head["kernel"] + head["bias"]
+        values = critic.hidden_states[-1][0, before] @ head["kernel"] + head["bias"]
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs[range(len(answer)), answer], values, entropy
 
@@ -113,7 +122,7 @@ def plain_losses(
         prompt, heat = list(asked()[row].prompt_ids), options.sampling.temperature
         answer = list(answers()[1][row].token_ids)
         assert len(answer) == n
-        logprobs, values, entropy = model(model.weights(), prompt, answer, heat)
+        logprobs, values, entropy = model(prompt, answer, heat)
         span = slice(sum(lengths[:row]), sum(lengths[: row + 1]))
         ratio = (logprobs - torch.tensor(old.logprobs[row, :n])).exp()
         near = ratio.clamp(1 - options.clip_eps, 1 + options.clip_eps)
@@ -129,8 +138,10 @@ def plain_losses(
     return means | {"loss": total - options.entropy_coef * means["entropy"]}
 
 
-@pytest.mark.parametrize("drawn_by", [1, 2], ids=["same-weights", "other-weights"])
-@pytest.mark.parametrize("options", [GRADIENT, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("drawn_by", [slow(1), 2], ids=["same-weights", "other-weights"])
+@pytest.mark.parametrize(
+    "options", [GRADIENT, slow(FULL), slow(SEPARATE)], ids=["lora", "full", "separate"]
+)
 def test_the_gradient_is_that_of_a_plain_transcription(
     options: Ppo, drawn_by: int, tmp_path: Path
 ) -> None:
@@ -149,6 +160,7 @@ def test_the_gradient_is_that_of_a_plain_transcription(
     assert_close(state.opt_state, expected, 1e-5)
 
 
+@pytest.mark.slow
 def test_the_step_is_that_of_a_plain_transcription(tmp_path: Path) -> None:
     """Clipping by the gradient's norm, Adam, and the first learning rate of the warm-up."""
     options = dataclasses.replace(GRADIENT, max_grad_norm=0.3)

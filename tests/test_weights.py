@@ -143,6 +143,7 @@ for directory in directories:
 """
 
 
+@pytest.mark.slow
 def test_each_of_two_hosts_reads_its_own_half(tmp_path: Path) -> None:
     """Two real processes with two devices each, and one mesh over both."""
     config = dataclasses.replace(MISTRAL, vocab_size=96)

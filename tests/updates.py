@@ -15,7 +15,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from refine_af import config as config_lib
 from refine_af import mesh as mesh_lib
-from refine_af import policy_update, rlaf, rollout
+from refine_af import policy_update, rollout
 from refine_af.base_model import BaseModel
 from refine_af.config import Ppo, Sampling
 from refine_af.configs import tiny
@@ -43,7 +43,9 @@ GRADIENT = dataclasses.replace(
     ONE_STEP, num_microbatches=2, gamma=0.98, entropy_coef=0.01, kl_coef=0.2, sampling=COLD
 )
 FULL = dataclasses.replace(GRADIENT, trained="full")
-KEEPING = (GRADIENT, FULL)
+SEPARATE = dataclasses.replace(GRADIENT, critic="separate")
+KEEPING = (GRADIENT, FULL, SEPARATE)
+BOTH_CUTS = dataclasses.replace(HOT, top_p=0.8)
 GROUPS = dataclasses.replace(ONE_STEP, group_size=4, estimator="rloo", sampling=COLD)
 EOS = tuple(range(4, 34))  # so many that random text ends now and then
 
@@ -74,7 +76,7 @@ def base(sizes: Sizes = ONE_DEVICE) -> BaseModel:
 
 @functools.cache
 def fresh_state(sizes: Sizes, options: Ppo = OPTIONS) -> TrainState:
-    return rlaf.new_state(dataclasses.replace(CONFIG, ppo=options), base(sizes))
+    return policy_update.new_state(dataclasses.replace(CONFIG, ppo=options), base(sizes))
 
 
 def new_state(
@@ -126,6 +128,7 @@ def like(options: Ppo) -> Ppo:
         OPTIONS,
         trained=options.trained,
         critic=options.critic,
+        critic_warmup=min(options.critic_warmup, 1),
         optimizer=options.optimizer,
         lora=options.lora,
     )
@@ -177,6 +180,11 @@ def update(
     run = make_update(options, sizes)
     state, metrics = run(base(sizes).params, state, batch, reading, jax.random.key(key))
     return state, {name: float(value) for name, value in metrics.items()}
+
+
+def slow(value: Any) -> Any:
+    """A parameter whose test is a slow one."""
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
