@@ -100,12 +100,17 @@ def test_the_warm_up_trains_the_critic_alone(options: Ppo) -> None:
 def test_the_first_step_of_the_policy_is_the_same_however_long_the_warm_up() -> None:
     """Its moments, and its own warm-up of the learning rate, begin with it."""
     options = dataclasses.replace(
-        SEPARATE, schedule="constant", warmup_steps=2, max_grad_norm=1e6, kl_controller="fixed"
+        SEPARATE,
+        num_steps=8,
+        schedule="constant",
+        warmup_steps=2,
+        max_grad_norm=1e6,
+        kl_controller="fixed",
     )
     expected = update(options)[0].params["policy"]
     late = dataclasses.replace(options, critic_warmup=2)
-    state, batch = new_state(1, options=late), answers()[0]
-    reading = read(state, batch, options=late)
+    state, batch = new_state(1, options=late), answers(1, late.sampling)[0]
+    reading = read(state, batch, late.sampling.temperature, options=late)
     run = make_update(late)
     for step in range(3):
         state, _ = run(base().params, state, batch, reading, jax.random.key(step))
