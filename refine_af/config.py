@@ -281,7 +281,7 @@ class Ppo:
         require(
             not (self.sample_ahead and self.max_update_kl),
             "ppo.sample_ahead=True: its answers are of the policy one step back, which "
-            "max_update_kl takes for one that has moved; expected one of them",
+            "max_update_kl takes for one that has moved; set one of them to False or 0",
         )
         require(
             self.dual_clip == 0 or self.dual_clip > 1,

@@ -11,7 +11,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from refine_af import (
     records,
     rlaf,
     seeds,
+    tracking,
 )
 from refine_af.arms import ARMS, REFINE_AF, folder
 from refine_af.base_model import BaseModel
@@ -56,8 +57,8 @@ def claim(config: Experiment, workdir: Path, *, force: bool) -> None:
     Forced, it replaces the one there, whose hash stays on record: its checkpoints may be used.
 
     Raises:
-        ValueError: the workdir, or a checkpoint in it, was made with another config, and `force`
-            is not set.
+        ValueError: the results in the workdir, or a checkpoint, were made with another config, and
+            `force` is not set.
     """
     processes.once(lambda: _claim(config, workdir, force))
 
@@ -69,23 +70,50 @@ def _claim(config: Experiment, workdir: Path, force: bool) -> None:
     if not isinstance(listed, list) or not all(isinstance(x, str) for x in listed):
         raise ValueError(f"{path}: earlier={listed!r}: expected a list of hashes")
     earlier = set(listed)
+    content: dict[str, Any] = {"config": json.loads(json.dumps(dataclasses.asdict(config)))}
     for where, theirs in {
         path: known.get("hash"),
         **{saved: checkpoints.config_of(saved) for saved in _checkpoints(workdir)},
     }.items():
         if theirs in (None, mine, *earlier):
             continue
+        if where == path and not _has_results(workdir):
+            continue
         if not force:
+            unlike = _unlike(known.get("config"), content["config"]) if where == path else ""
             raise ValueError(
-                f"{where}: this workdir was made with config {theirs}, not {mine}; take another "
-                "--workdir, or --force_config to go on with the new one"
+                f"{where}: this workdir was made with config {theirs}, not {mine}{unlike}; take "
+                "another --workdir, or --force_config to go on with the new one"
             )
         earlier.add(theirs)
-    content: dict[str, Any] = {"config": dataclasses.asdict(config), "hash": mine}
+    content["hash"] = mine
     if earlier:
         content["earlier"] = sorted(earlier)
-    if known != json.loads(json.dumps(content)):
+    if known != content:
         records.write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def _has_results(workdir: Path) -> bool:
+    """Whether there is more than a start leaves that found nothing to work with."""
+    files = (path for path in workdir.rglob("*") if path.is_file())
+    return any(path.name not in (CONFIG, TIMINGS) for path in files)
+
+
+def _unlike(theirs: Any, mine: dict[str, Any]) -> str:
+    """The first fields in which two configs differ, for people."""
+    there, here = (dict(_fields(config)) for config in (theirs, mine))
+    names = [name for name in there | here if there.get(name) != here.get(name)]
+    shown = [f"{name}={there.get(name)!r} there, {here.get(name)!r} here" for name in names[:3]]
+    more = [f"{len(names) - 3} more fields"] if len(names) > 3 else []
+    return f" ({'; '.join(shown + more)})"
+
+
+def _fields(config: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{path}{name}.")
+        elif not path.startswith("mesh."):  # may change
+            yield path + name, value
 
 
 def _checkpoints(workdir: Path) -> list[Path]:
@@ -134,7 +162,7 @@ class Run:
         """Find what the named stages need without reading a model: a run is old when it is needed.
 
         Raises:
-            ValueError: the oracle, or another set that the config names, cannot be found.
+            ValueError: the oracle, a tracker or another set that the config names cannot be found.
         """
         trains = REFINE_AF in self.arms and {"generate_instructions", "train_ppo"} & {*names}
         writes = {"generate_instructions", "train_ppo", "generate_instances"} & {*names}
@@ -142,6 +170,8 @@ class Run:
         scores = writes and self.config.instances.score and pending
         if (trains and not rlaf.finished(self.config, self.workdir)) or scores:
             oracles.check(self.config)
+        if REFINE_AF in self.arms and "train_ppo" in names:
+            tracking.check(self.config.ppo)
         if writes and pending:
             processes.once(lambda: other_sets.check(self.config.dataset))
 

@@ -1,7 +1,7 @@
 """Where people look at a PPO run while it goes on: TensorBoard, Weights & Biases."""
 
 import dataclasses
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +13,7 @@ from tensorboardX import summary
 from tensorboardX.proto.summary_pb2 import Summary
 
 from refine_af import records
-from refine_af.config import Experiment, config_hash
+from refine_af.config import Experiment, Ppo, config_hash
 from refine_af.events import EventFile
 from refine_af.models import processes
 from refine_af.records import Row
@@ -62,19 +62,11 @@ class WeightsAndBiases:
     """A run of the project `refine-af`; a second start of the same workdir goes on in it.
 
     Steps that are made again have a second point. WANDB_MODE, WANDB_PROJECT and the like apply.
-
-    Raises:
-        ValueError: the package is not installed.
     """
 
     def __init__(self, folder: Path, config: Experiment, first: int) -> None:
         del first
-        try:
-            self._wandb: Any = importlib.import_module("wandb")
-        except ModuleNotFoundError:
-            raise ValueError(
-                "ppo.trackers: wandb is not installed; pip install 'refine-af[wandb]'"
-            ) from None
+        self._wandb: Any = importlib.import_module("wandb")
         mark = folder / "wandb.id"  # a workdir's own: two with one config are two runs
         if not mark.exists():
             name = f"{config_hash(config)}-{np.random.default_rng().integers(2**32):08x}"
@@ -123,6 +115,16 @@ def open_trackers(folder: Path, config: Experiment, first: int) -> Iterator[list
             opened.append(_TRACKERS[name](folder, config, first))
             stack.callback(opened[-1].close)
         yield opened
+
+
+def check(options: Ppo) -> None:
+    """See to it that the packages of `options.trackers` are there.
+
+    Raises:
+        ValueError: one is not.
+    """
+    if "wandb" in options.trackers and importlib.util.find_spec("wandb") is None:
+        raise ValueError("ppo.trackers: wandb is not installed; pip install -e '.[wandb]'")
 
 
 def _cells(row: Row) -> list[Any]:

@@ -100,13 +100,15 @@ def test_help_shows_the_docstring_and_every_flag(name: str, program: Program) ->
 
 def test_a_workdir_belongs_to_one_config(program: Program, tmp_path: Path) -> None:
     """`--force_config` goes on with the new one: here to the next complaint."""
-    pipeline.claim(TINY, tmp_path, force=False)
+    pipeline.claim(dataclasses.replace(TINY, seed=2), tmp_path, force=False)
+    pipeline.claim(TINY, tmp_path, force=False)  # no results: the start before has failed
+    (tmp_path / "rejected_instructions.jsonl").touch()
     path, other = tmp_path / "config.json", (*STAGE, f"--workdir={tmp_path}", "--config.seed=1")
     before = path.read_bytes()
     mine, theirs = config_hash(dataclasses.replace(TINY, seed=1)), config_hash(TINY)
     assert program(*other) == refused(
-        f"{path}: this workdir was made with config {theirs}, not {mine}; take another --workdir, "
-        "or --force_config to go on with the new one"
+        f"{path}: this workdir was made with config {theirs}, not {mine} (seed=0 there, 1 here); "
+        "take another --workdir, or --force_config to go on with the new one"
     )
     assert path.read_bytes() == before
     lacking = (

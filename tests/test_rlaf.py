@@ -1,6 +1,7 @@
 """Stage 2 as a whole, in this process: looks at held-out instructions, rollouts sampled ahead."""
 
 import dataclasses
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -11,7 +12,7 @@ from runs import rows_without_times
 from tensorboardX.proto import event_pb2
 from updates import CONFIG, base
 
-from refine_af import flops, ppo_records, records, rewards, seeds
+from refine_af import flops, pipeline, ppo_records, records, rewards, seeds
 from refine_af.config import Ppo
 from refine_af.rlaf import RlafStage
 
@@ -154,9 +155,11 @@ def test_weights_and_biases_goes_on_in_the_run_of_the_workdir(
 def test_weights_and_biases_must_be_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"ppo.trackers: wandb is not installed; pip install"):
-        stage(tmp_path, dataclasses.replace(PPO, trackers=("wandb",))).run()
+    """Told before anything is made."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    config = dataclasses.replace(CONFIG, ppo=dataclasses.replace(PPO, trackers=("wandb",)))
+    with pytest.raises(ValueError, match=r"ppo.trackers: wandb is not installed; pip install -e"):
+        pipeline.Run(config, tmp_path).check(["train_ppo"])
 
 
 def test_operations_of_a_step_by_hand() -> None:
