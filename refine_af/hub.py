@@ -8,6 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from refine_af import dataset
+from refine_af.models.one_line import one_line
 
 
 def check(repo_id: str, arms: Sequence[str]) -> None:
@@ -50,7 +51,7 @@ def push(target: Path, repo_id: str) -> str:
             ignore_patterns=["*.partial"],
         )
     except Exception as error:  # of whichever HTTP library the hub's client has
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         raise ValueError(
             f"--push_to_hub={repo_id}: the hub did not take {target / dataset.FOLDER}: {reason}; "
             "the data set is finished, and the same command tries again"

@@ -10,6 +10,7 @@ import pyarrow.parquet
 
 from refine_af import records
 from refine_af.config import DataSet
+from refine_af.models.one_line import one_line
 from refine_af.novelty import NoveltyPool
 from refine_af.records import Row
 from refine_af.rewards import Example
@@ -124,8 +125,9 @@ def _table(path: Path) -> Iterator[Row]:
         for batch in file.iter_batches(columns=columns):
             yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a parquet file that can be read ({reason})") from None
+        raise ValueError(
+            f"{path}: not a parquet file that can be read ({one_line(error)})"
+        ) from None
 
 
 _READERS = {".jsonl": _lines, ".json": _list, ".parquet": _table}
