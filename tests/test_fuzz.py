@@ -24,7 +24,8 @@ from damage import ODD_VALUES, changed, edited, fuzz, json_files, jsonl_files, r
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import forget_flags
-from test_report import Page, write_stage_files
+from report_files import write_stage_files
+from test_report import Page
 
 from refine_af import (
     base_model,
