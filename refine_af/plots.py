@@ -16,7 +16,8 @@ import math
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec
 
 import matplotlib
@@ -80,6 +81,14 @@ _STYLE: dict[Any, Any] = {
 }
 
 
+@contextmanager
+def _styled(width: int, height: int) -> Iterator[Figure]:
+    """An empty figure of this size in pixels, to be drawn and saved within."""
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        yield Figure(figsize=(width / 72, height / 72), layout="constrained")
+
+
 def inline_svg(
     width: int, height: int
 ) -> Callable[[Callable[Concatenate[Figure, _P], None]], Callable[_P, str]]:
@@ -90,9 +99,7 @@ def inline_svg(
 
         @functools.wraps(draw)
         def svg(*args: _P.args, **kwargs: _P.kwargs) -> str:
-            with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Glyph .* missing")
-                figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+            with _styled(width, height) as figure:
                 draw(figure, *args, **kwargs)
                 return _svg_text(figure, draw.__name__, description) if figure.axes else ""
 
@@ -125,9 +132,7 @@ def png(
     def decorate(draw: Callable[Concatenate[Figure, _P], None]) -> Callable[_P, bytes]:
         @functools.wraps(draw)
         def image(*args: _P.args, **kwargs: _P.kwargs) -> bytes:
-            with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Glyph .* missing")
-                figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
+            with _styled(width, height) as figure:
                 draw(figure, *args, **kwargs)
                 buffer = io.BytesIO()
                 # Without the version of matplotlib, equal data give equal bytes for longer.
