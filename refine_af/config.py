@@ -230,6 +230,7 @@ class Ppo:
     num_eval_prompts: int = 0  # instructions kept from training, to measure the reward on
     num_eval_samples: int = 4  # answers to each of them
     eval_every: int = 0  # steps between looks at one answer to each of them; 0: none
+    keep_best: bool = False  # keep the best of these looks, too, and let later stages take that one
     sample_ahead: bool = False  # while a server or function scores a rollout, sample the next one
     trackers: tuple[str, ...] = ("tensorboard",)  # of TRACKERS
     int8_weights: bool = False  # of rollouts; their drift is `drift/logprob_max` in the metrics
@@ -297,6 +298,10 @@ class Ppo:
         require(
             not self.eval_every or self.num_eval_prompts > 0,
             f"ppo.eval_every={self.eval_every}: needs num_eval_prompts, instructions to measure on",
+        )
+        require(
+            self.eval_every > 0 or not self.keep_best,
+            "ppo.keep_best=True: needs ppo.eval_every above 0",
         )
         pieces = self.num_minibatches * self.num_microbatches
         require(

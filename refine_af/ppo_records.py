@@ -1,5 +1,6 @@
 """What stage 2 writes down at each step, and where it tells people of it."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ METRICS = "ppo/metrics.jsonl"
 ROLLOUTS = "ppo/rollouts.jsonl"
 SAMPLES = "ppo/samples.jsonl"
 ALARMS = "ppo/alarms.jsonl"
+LOOKS = "ppo/looks.json"  # of a finished run with `keep_best`
 
 
 class Log:
@@ -59,3 +61,26 @@ def open_log(workdir: Path, config: Experiment, first: int) -> Iterator[Log]:
         records.cut(workdir / name, first, "step")
     with tracking.open_trackers(workdir / "ppo", config, first) as trackers:
         yield Log(workdir, config, trackers)
+
+
+def looks(workdir: Path) -> dict[int, float]:
+    """Mean reward of the held-out instructions so far, by the number of steps behind each look."""
+    rows = records.read_rows(workdir / METRICS)
+    return {row["step"]: row["eval/reward/mean"] for row in rows if "eval/reward/mean" in row}
+
+
+def write_looks(workdir: Path, found: Mapping[int, float]) -> None:
+    """Write down all looks of a run that has come to its end."""
+    records.write_text(workdir / LOOKS, json.dumps(found) + "\n")
+
+
+def read_looks(workdir: Path) -> dict[int, float]:
+    """What `write_looks` has written; empty when there is none.
+
+    Raises:
+        ValueError: it is not as it was written.
+    """
+    try:
+        return {int(step): float(x) for step, x in records.read_json(workdir / LOOKS).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{workdir / LOOKS}: not as train_ppo writes it ({error})") from None

@@ -7,7 +7,7 @@ reference -> score them with the oracle -> update.
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,16 +78,30 @@ class RlafStage:
 
     def run(self) -> None:
         """Take all steps that are not done yet; state, metrics and answers go to the workdir."""
-        directory, keep = self.workdir / CHECKPOINTS, self.config.ppo.keep_checkpoints
-        with checkpoints.open_manager(directory, keep=keep) as manager:
+        directory, options = self.workdir / CHECKPOINTS, self.config.ppo
+        looks: dict[int, float] = {}  # mean reward of held-out instructions, by the steps done
+
+        def best() -> int | None:
+            return max(looks, key=looks.__getitem__) if options.keep_best and looks else None
+
+        keep = options.keep_checkpoints
+        with checkpoints.open_manager(directory, keep=keep, best=best) as manager:
             shapes = jax.eval_shape(self._new_state)
             memory.check_state(shapes, shapes.params, self.base.mesh, "train_ppo")
-            checkpoints.check_space(manager, shapes, keep)
+            checkpoints.check_space(manager, shapes, keep + options.keep_best)
             like = checkpoints.shapes_of(self._new_state())  # whose arrays are gone
             first, state = checkpoints.restore_latest(manager, like)
             state = self._new_state() if state is None else state
             with ppo_records.open_log(self.workdir, self.config, first) as log:
-                state = self._train(manager, first, state, log)
+                found = ppo_records.looks(self.workdir)
+                looks |= {step: found[step] for step in manager.all_steps() if step in found}
+                state = self._train(manager, first, state, log, looks)
+            if options.keep_best:
+                looks[options.num_steps] = self._look(state).figures()["reward/mean"]
+                ppo_records.write_looks(self.workdir, looks)
+                checkpoints.finish(manager)
+                del state  # the best one takes its place
+                state = _best(manager, like, looks)
         if self.held_out:
             self._evaluate(state)
 
@@ -108,7 +122,12 @@ class RlafStage:
         return Learner(self.config, self.base, self._prompter.longest())
 
     def _train(
-        self, manager: CheckpointManager, first: int, state: TrainState, log: Log
+        self,
+        manager: CheckpointManager,
+        first: int,
+        state: TrainState,
+        log: Log,
+        looks: dict[int, float],  # is added to
     ) -> TrainState:
         """Steps from `first` on."""
         options = self.config.ppo
@@ -120,7 +139,7 @@ class RlafStage:
             return self._sampled(step, state, batch)
 
         def prepare(step: int, state: TrainState) -> _Scored:
-            look = self._look(step, state)
+            look = self._look(state) if self._is_looked_at(step) else None
             found = ahead.pop(step, None) or sample(step, state)
             if self._samples_ahead(step + 1):
                 ahead[step + 1] = sample(step + 1, state)
@@ -137,6 +156,8 @@ class RlafStage:
 
             state, figures = self._learn(step, state, scored, meanwhile)
             samples = scored.look.rows() if scored.look else []
+            if samples and step:  # nothing is saved of the first policy, which is the base
+                looks[step] = figures["eval/reward/mean"]
             log.write(step, figures, scored.answers.rows(), samples)
             training.check_skipped(state, f"ppo step {step}", figures)
             return state, {
@@ -152,7 +173,7 @@ class RlafStage:
                 range(first, options.num_steps),
                 prepare=prepare,
                 learn=learn,
-                due=lambda done: done % options.checkpoint_every == 0,
+                due=self._is_due,
                 resumable=lambda done: not self._samples_ahead(done),
                 config=config_hash(self.config),
                 progress=progress,
@@ -165,15 +186,21 @@ class RlafStage:
         what an undisturbed one has sampled.
         """
         options = self.config.ppo
-        follows_checkpoint = step % options.checkpoint_every == 0
-        return options.sample_ahead and step < options.num_steps and not follows_checkpoint
+        return options.sample_ahead and step < options.num_steps and not self._is_due(step)
 
-    def _look(self, step: int, state: TrainState) -> Answers | None:
-        """An answer to each held-out instruction, every `eval_every` steps."""
+    def _is_due(self, step: int) -> bool:
+        """Whether a checkpoint is, after so many steps."""
         options = self.config.ppo
-        if not options.eval_every or step % options.eval_every:
-            return None
-        batch = self._prompter.of_held_out().every(options.num_eval_samples)
+        chosen_from = options.keep_best and self._is_looked_at(step)
+        return chosen_from or step % options.checkpoint_every == 0
+
+    def _is_looked_at(self, step: int) -> bool:
+        every = self.config.ppo.eval_every
+        return every > 0 and step % every == 0
+
+    def _look(self, state: TrainState) -> Answers:
+        """An answer to each held-out instruction."""
+        batch = self._prompter.of_held_out().every(self.config.ppo.num_eval_samples)
         completions = self._actor.sample(state.params, batch)
         return self._actor.judge(batch, completions, absolute=True)
 
@@ -250,23 +277,38 @@ def steps_done(workdir: Path) -> int:
 
 
 def tuned_policy(config: Experiment, base: BaseModel, workdir: Path) -> Params:
-    """Parameters for an engine, of the policy after the last PPO step.
+    """Parameters for an engine: of the policy after the last PPO step, or the best (`keep_best`).
 
     Raises:
         DamagedError: its checkpoint is damaged, and was set aside.
         ValueError: stage 2 has not finished.
     """
     directory, wanted = workdir / CHECKPOINTS, config.ppo.num_steps
+    looks = ppo_records.read_looks(workdir) if config.ppo.keep_best else None
 
     def fault(step: int) -> str:
         return f"{directory}: PPO has done {step} of {wanted} steps; run train_ppo first"
 
     done = steps_done(workdir)
-    if done < wanted:
+    if done < wanted or looks == {}:
         raise ValueError(fault(done))
     with checkpoints.open_manager(directory, keep=config.ppo.keep_checkpoints) as manager:
         like = checkpoints.shapes_of(policy_update.new_state(config, base))
-        step, state = checkpoints.restore_latest(manager, like)
-    if state is None or step < wanted:
-        raise checkpoints.DamagedError(fault(step))
+        if looks:
+            state = _best(manager, like, looks)
+        else:
+            step, last = checkpoints.restore_latest(manager, like)
+            if last is None or step < wanted:
+                raise checkpoints.DamagedError(fault(step))
+            state = last
     return Policy(base, config.ppo).for_sampling(state.params)
+
+
+def _best(manager: CheckpointManager, like: TrainState, looks: Mapping[int, float]) -> TrainState:
+    """The state with the highest reward of those that are there and sound."""
+    _, state = checkpoints.restore_best(manager, like, {step: -x for step, x in looks.items()})
+    if state is None:
+        raise checkpoints.DamagedError(
+            f"{manager.directory}: no checkpoint of steps {sorted(looks)} is sound; run train_ppo"
+        )
+    return state

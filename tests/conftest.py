@@ -1,12 +1,23 @@
 """Eight host devices, no network, and JAX's strict modes, all set before JAX is imported."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: the tests that need a GPU run, too
+# Compiling takes most of the time: it optimizes little here, which halves that, and nothing is
+# compiled twice. The programs that tests/runs.py starts are compiled as for users.
 os.environ["XLA_FLAGS"] = " ".join(
-    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+    ]
 )
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="refine-af-compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
@@ -22,6 +33,10 @@ jax.config.update("jax_debug_key_reuse", True)
 hypothesis.settings.register_profile("refine_af", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("long", deadline=None, max_examples=2000, print_blob=True)
 hypothesis.settings.load_profile("refine_af")
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -398,12 +398,12 @@ def texts_replaced(node: Any, text: str) -> Any:
     """Every string of a tree but the reasons, that a program chose, and every name of a component,
     task, category or arm."""
     if isinstance(node, dict):
-        return {
-            (f"{key} {text}" if key in ("a", "Maths", "rew", "Write a tale.") else key): value
-            if key in ("reason", "hash", "finish_reason", "arm")
-            else texts_replaced(value, text)
-            for key, value in node.items()
-        }
+        kept = ("reason", "hash", "finish_reason", "arm")
+        changed = {k: v if k in kept else texts_replaced(v, text) for k, v in node.items()}
+        if "category" in node:
+            changed["category"] = f"{node['category']} {text}"
+        named = ("a", "Maths", "rew", "Write a tale.")
+        return {f"{key} {text}" if key in named else key: v for key, v in changed.items()}
     if isinstance(node, list):
         return [texts_replaced(value, text) for value in node]
     return text if isinstance(node, str) else node

@@ -70,9 +70,11 @@ def test_memory_of_a_long_run_is_flat(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=True)
     sizes = json.loads(ended.stdout)
     assert len(sizes) == STEPS
-    middle, end = (np.median(sizes[i : i + 100]) / 2**20 for i in (STEPS // 2, STEPS - 100))
-    print(f"{middle:.0f} MiB in the middle, {end:.0f} MiB at the end")
-    assert end < middle + 2
+    medians = np.median(np.reshape(sizes, (-1, 50)), axis=1) / 2**20  # of 50 steps each
+    print("MiB:", medians.round(1).tolist())
+    # A leak grows all the time; an allocator takes another piece now and then.
+    growth = np.diff(medians[len(medians) // 3 :])
+    assert np.median(growth) < 0.5
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from runs import rows_without_times
 from tensorboardX.proto import event_pb2
-from updates import CONFIG, base
+from updates import CONFIG, assert_equal, base, new_state
 
-from refine_af import flops, pipeline, ppo_records, records, rewards, seeds
+from refine_af import checkpoints, flops, pipeline, ppo_records, records, rewards, rlaf, seeds
 from refine_af.config import Ppo
+from refine_af.policy import Policy
 from refine_af.rlaf import RlafStage
+from refine_af.training import TrainState
 
 STEPS = 4
 PPO = dataclasses.replace(
@@ -94,6 +96,48 @@ def test_the_same_instructions_are_looked_at_again_and_again(undisturbed: Path) 
     rewards_of_last = [row["reward"] for row in samples[2:]]
     assert metrics[2]["eval/reward/mean"] == pytest.approx(sum(rewards_of_last) / 2, abs=1e-5)
     assert all(0 < row["time/mfu"] < 1 for row in metrics)
+
+
+@pytest.mark.slow
+def test_the_best_policy_is_kept_and_taken(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one after step 2, say, though later ones are newer; damaged, it is the next best."""
+    options = dataclasses.replace(
+        PPO, keep_best=True, keep_checkpoints=1, eval_every=1, checkpoint_every=STEPS
+    )
+    mine = stage(tmp_path, options)
+    seen = iter([0.0, 1.0, 3.0, 2.0, 1.5])
+    look = RlafStage._look
+
+    def looked(self: RlafStage, state: TrainState) -> Any:
+        answers, reward = look(self, state), next(seen)
+        judged = [judgement._replace(reward=reward) for judgement in answers.judgements]
+        return answers._replace(judgements=judged)
+
+    monkeypatch.setattr(RlafStage, "_look", looked)
+    with pytest.raises(Stopped):
+        dataclasses.replace(mine, oracle=stage(tmp_path, options, stop_at=3).oracle).run()
+    seen = iter([2.0, 1.5])
+    mine.run()
+    folder = tmp_path / "ppo/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+    assert ppo_records.read_looks(tmp_path) == {2: 3, 4: 1.5}
+    assert_equal(rlaf.tuned_policy(mine.config, base(), tmp_path), sampling_params(folder, 2))
+    damage(folder / "2")
+    assert_equal(rlaf.tuned_policy(mine.config, base(), tmp_path), sampling_params(folder, 4))
+
+
+def sampling_params(folder: Path, step: int) -> Any:
+    with checkpoints.open_manager(folder, keep=1) as manager:
+        state = checkpoints.restore(manager, step, checkpoints.shapes_of(new_state()))
+    return Policy(base(), PPO).for_sampling(state.params)
+
+
+def damage(checkpoint: Path) -> None:
+    for path in (checkpoint / "default").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
 
 
 def test_tensorboard_has_figures_and_texts(undisturbed: Path) -> None:
