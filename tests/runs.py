@@ -63,6 +63,9 @@ SCORES = "ppo/scores.sqlite"
 EVENTS = "ppo/events.out.tfevents"
 REPORT = ("report.html", "timings.json")  # with times
 
+# Programs that are compiled a lot and compute little.
+LITTLE_OPTIMIZATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+
 
 class Ended(NamedTuple):
     """How a program ended."""
@@ -79,7 +82,7 @@ class Programs:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
         self.environment = os.environ | {
-            "XLA_FLAGS": "",
+            "XLA_FLAGS": LITTLE_OPTIMIZATION,
             "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

@@ -117,8 +117,12 @@ def test_the_arms_answer_the_same_prompts_with_other_weights(both: Done) -> None
 def test_an_arm_that_comes_later_and_is_stopped_ends_as_if_it_had_been_there(
     both: Done, programs: Programs, tmp_path: Path
 ) -> None:
-    ended = programs.run("pipeline", tmp_path, "--arms=self_instruct")
-    assert ended.code == 0, ended.err
+    """It begins with the stages' own programs, without the method's arm."""
+    arm = "--arms=self_instruct"
+    ends = [programs.run("generate_instructions", tmp_path)]
+    ends += [programs.run(name, tmp_path, arm) for name in ("generate_instances", "finetune")]
+    ends += [programs.run("evaluate", tmp_path)]
+    assert [ended.code for ended in ends] == [0] * 4, ends[-1].err
     assert not (tmp_path / "ppo").exists()
     scores = json.loads((tmp_path / evaluation.SCORES).read_text())
     assert list(scores["arms"]) == ["base", "self_instruct"]
@@ -138,18 +142,3 @@ def test_an_arm_that_comes_later_and_is_stopped_ends_as_if_it_had_been_there(
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert programs.run("pipeline", tmp_path, BOTH).code == 0
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_stages_of_an_arm_by_their_own_programs(
-    both: Done, programs: Programs, tmp_path: Path
-) -> None:
-    for name, given in (
-        ("generate_instructions", ()),
-        ("generate_instances", ("--arms=self_instruct",)),
-        ("finetune", ("--arms=self_instruct",)),
-    ):
-        ended = programs.run(name, tmp_path, *given)
-        assert ended.code == 0, ended.err
-    assert arm_outputs(tmp_path / "self_instruct") == arm_outputs(both.workdir / "self_instruct")
