@@ -44,6 +44,12 @@ def workdir(tmp_path: Path) -> Path:
     return write_workdir(tmp_path)
 
 
+@pytest.fixture
+def sketched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are there but empty: drawing takes most of the time."""
+    monkeypatch.setattr(plots, "_svg_text", lambda *_: "<svg></svg>")
+
+
 def read(workdir: Path) -> Page:
     return Page(write_report(workdir).read_text(encoding="utf-8"))
 
@@ -54,6 +60,7 @@ def test_all_figures_are_drawn(workdir: Path) -> None:
     assert titles == FIGURES
 
 
+@pytest.mark.usefixtures("sketched")
 def test_model_text_is_shown_and_not_run(workdir: Path) -> None:
     page = read(workdir)
     assert "script" not in {tag for tag, _ in page.tags}
@@ -83,6 +90,7 @@ def test_ids_are_unique_and_references_resolve(workdir: Path) -> None:
     assert set(re.findall(r'(?:url\(|href=")#([^")]*)', html)) <= set(ids)
 
 
+@pytest.mark.usefixtures("sketched")
 def test_summary_states_the_numbers(workdir: Path) -> None:
     text = read(workdir).text
     assert "tiny wrote 4 new instructions that passed every filter, out of 8 proposed." in text
@@ -94,6 +102,7 @@ def test_summary_states_the_numbers(workdir: Path) -> None:
     assert "The stages took 3 min 20 s in all." in text
 
 
+@pytest.mark.usefixtures("sketched")
 def test_drop_reasons_are_counted_most_frequent_first(workdir: Path) -> None:
     text = read(workdir).text
     similar = text.index("similar too close to an instruction that the pool already has")
@@ -102,6 +111,7 @@ def test_drop_reasons_are_counted_most_frequent_first(workdir: Path) -> None:
     assert "3 38% dropped 0" in text[similar:short]
 
 
+@pytest.mark.usefixtures("sketched")
 def test_samples_of_every_stage(workdir: Path) -> None:
     text = read(workdir).text
     assert "Name a city. open Write a tale. 0.53" in text
@@ -148,6 +158,7 @@ def test_empty_workdir_names_every_stage_as_not_run(tmp_path: Path) -> None:
     assert "svg" not in {tag for tag, _ in page.tags}
 
 
+@pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize(
     ("file", "lost"),
     [
@@ -171,6 +182,7 @@ def test_any_file_may_be_missing(workdir: Path, file: str, lost: int) -> None:
     assert tags.count("svg") == len(FIGURES) - lost
 
 
+@pytest.mark.usefixtures("sketched")
 def test_evaluation_of_one_arm(workdir: Path) -> None:
     write_json(workdir / "evaluation.json", {"arms": {"base": scores({"a": 12.5})}})
     text = read(workdir).text
@@ -178,6 +190,7 @@ def test_evaluation_of_one_arm(workdir: Path) -> None:
     assert "moved from" not in text
 
 
+@pytest.mark.usefixtures("sketched")
 def test_evaluation_of_three_arms_compares_the_last_with_each(workdir: Path) -> None:
     arms = {name: scores({"a": r}) for name, r in [("refine_af", 3), ("self_instruct", 4)]}
     write_json(workdir / "evaluation.json", {"arms": arms | {"base": scores({"a": 2})}})
@@ -200,6 +213,7 @@ def test_no_workdir(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
+@pytest.mark.usefixtures("sketched")
 def test_broken_json_names_the_file_and_keeps_the_old_report(workdir: Path) -> None:
     old = write_report(workdir).read_bytes()
     (workdir / "evaluation.json").write_text("{", encoding="utf-8")
@@ -260,6 +274,7 @@ def test_tasks_are_ordered_by_gain_and_their_names_are_text() -> None:
     assert words.index("before") < words.index("after")
 
 
+@pytest.mark.usefixtures("sketched")
 def test_held_out_instructions_have_their_own_comparison(workdir: Path) -> None:
     text = read(workdir).text
     assert (
@@ -272,6 +287,7 @@ def test_held_out_instructions_have_their_own_comparison(workdir: Path) -> None:
     assert "held-out instructions" not in read(workdir).text
 
 
+@pytest.mark.usefixtures("sketched")
 def test_components_are_those_that_the_oracle_gave(workdir: Path) -> None:
     metrics = workdir / "ppo/metrics.jsonl"
     metrics.write_text(metrics.read_text().replace("reward/nat", "reward/brevity"))
