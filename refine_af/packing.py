@@ -1,10 +1,13 @@
 """Prompts as arrays: the beginning that many share, the rows that short ones are packed into."""
 
 import dataclasses
+import heapq
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from refine_af.requests import TokenIds
 
@@ -104,13 +107,54 @@ def spread(sizes: Sequence[int], room: int, count: int) -> list[list[int]]:
     Largest first, each into the emptiest row, so that rows are filled alike.
     """
     rows: list[list[int]] = [[] for _ in range(count)]
-    left = [room] * count
+    emptiest = [(-room, row) for row in range(count)]  # a heap
     for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        row = max(range(len(rows)), key=left.__getitem__)
-        if left[row] < sizes[item]:
+        left, row = emptiest[0]
+        if sizes[item] <= -left:
+            heapq.heapreplace(emptiest, (left + sizes[item], row))
+        else:
             row = len(rows)
             rows.append([])
-            left.append(room)
+            heapq.heappush(emptiest, (sizes[item] - room, row))
         rows[row].append(item)
-        left[row] -= sizes[item]
     return rows
+
+
+class Answered(NamedTuple):
+    """Prompts and answers in B rows of T columns, at most K predictions a row."""
+
+    tokens: Int[Array, "B T"]
+    start: Int[Array, "B T"]  # first column of the text that a token belongs to
+    columns: Int[Array, "B K"]  # predictions: the next column's token is one of an answer
+    predicts: Float[Array, "B K"]  # 1; 0 where a row has fewer
+
+
+def lay(
+    texts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    rows: Sequence[Sequence[int]],
+    shape: tuple[int, int, int],
+) -> tuple[Answered, list[tuple[int, int]]]:
+    """(texts in rows, on the host; (row, place among its predictions) of each text's first one).
+
+    Args:
+        texts: (prompt, answer); no prompt is empty.
+        rows: numbers of the texts of each, from left to right.
+        shape: B, at least so many rows; T; K.
+    """
+    (num_rows, length, most), firsts = shape, [(0, 0)] * len(texts)
+    ids, start = (np.zeros((num_rows, length), np.int32) for _ in range(2))
+    columns = np.zeros((num_rows, most), np.int32)
+    predicts = np.zeros((num_rows, most), np.float32)
+    for row, numbers in enumerate(rows):
+        first = known = 0
+        for number in numbers:
+            prompt, answer = texts[number]
+            size, count = len(prompt) + len(answer), len(answer)
+            ids[row, first : first + size] = [*prompt, *answer]
+            start[row, first:] = first
+            columns[row, known : known + count] = np.arange(count) + first + len(prompt) - 1
+            predicts[row, known : known + count] = 1.0
+            firsts[number] = row, known
+            first, known = first + size, known + count
+    arrays: list[Any] = [ids, start, columns, predicts]
+    return Answered(*arrays), firsts

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from refine_af import config as config_lib
 from refine_af import policy as policy_lib
-from refine_af import ppo, rollout, training
+from refine_af import ppo, rollout, training, trunk
 from refine_af.base_model import BaseModel
 from refine_af.mesh import keep_rows_split
 from refine_af.models import heads
@@ -109,12 +109,12 @@ def make_update(
 
     def loss_fn(base: Params, count: Array, params: Params, batch: _Batch) -> tuple[Array, Metrics]:
         places = Places(batch.tokens, batch.start, batch.columns)
-        weights = policy_lib.trunk(base, params["policy"])
+        weights = trunk.weights(base, params["policy"])
         hidden, logprobs, entropy = rollout.predictions(
             policy, *weights, places, temperature, remat=options.remat
         )
         if "critic" in params:
-            critic_weights = policy_lib.trunk(base, params["critic"])
+            critic_weights = trunk.weights(base, params["critic"])
             hidden = rollout.hidden_states(policy, *critic_weights, places, remat=options.remat)
         values = heads.value(params["value_head"], hidden)
         surrogate = jax.vmap(clipped_loss)(logprobs, batch.logprobs, batch.advantages, batch.mask)

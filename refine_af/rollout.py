@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from refine_af import logprobs, packing
-from refine_af import policy as policy_lib
+from refine_af import logprobs, packing, trunk
 from refine_af.models import heads, processes, transformer
 from refine_af.models.transformer import Definition, Params
 from refine_af.requests import Completion, Request
@@ -77,28 +76,19 @@ def build(
     step = layout.row_multiple
     step *= max(packing.power_of_two(least // step + 1) // 8, 1)
     packed = packing.spread(sizes, layout.row_length, -(-least // step) * step)
-    most = max(sum(counts[number] for number in texts) for texts in packed)
+    most = max(sum(counts[number] for number in numbers) for numbers in packed)
     shape = -(-len(packed) // step) * step, packing.bucket(most)
-    ids, start = (np.zeros((shape[0], layout.row_length), np.int32) for _ in range(2))
-    columns, answer = (np.zeros(shape, np.int32) for _ in range(2))
-    predicts = np.zeros(shape, np.float32)
+    texts = [(r.prompt_ids, c.token_ids) for r, c in zip(requests, completions, strict=True)]
+    rows, firsts = packing.lay(texts, packed, (shape[0], layout.row_length, shape[1]))
+    answer = np.zeros(shape, np.int32)
     place = np.zeros((len(sizes), layout.answer_length), np.int32)
-    for row, texts in enumerate(packed):
-        first = known = 0
-        for number in texts:
-            size, count = sizes[number], counts[number]
-            text = [*requests[number].prompt_ids, *completions[number].token_ids]
-            ids[row, first : first + size] = text
-            start[row, first:] = first
-            span = slice(known, known + count)
-            columns[row, span] = np.arange(count) + first + size - count - 1
-            answer[row, span] = np.arange(count) + number * layout.answer_length
-            predicts[row, span] = 1.0
-            place[number, :count] = np.arange(count) + row * shape[1] + known
-            first, known = first + size, known + count
+    for number, ((row, first), count) in enumerate(zip(firsts, counts, strict=True)):
+        along = np.arange(count)
+        answer[row, first : first + count] = along + number * layout.answer_length
+        place[number, :count] = along + row * shape[1] + first
     mask = np.arange(layout.answer_length)[None] < np.asarray(counts)[:, None]
     answers = mask.astype(np.float32), np.asarray(scores, np.float32)
-    arrays: list[Any] = [ids, start, columns, predicts, answer, place, *answers]
+    arrays: list[Any] = [*rows, answer, place, *answers]
     return Rollout(*arrays)
 
 
@@ -166,12 +156,12 @@ def read(
     The reference is the frozen base.
     """
 
-    weights, adapter = policy_lib.trunk(base, trainable["policy"])
+    weights, adapter = trunk.weights(base, trainable["policy"])
 
     def piece(places: Places) -> Reading:
         hidden, chosen, _ = predictions(policy, weights, adapter, places, temperature)
         if "critic" in trainable:
-            critic = policy_lib.trunk(base, trainable["critic"])
+            critic = trunk.weights(base, trainable["critic"])
             hidden = hidden_states(policy, *critic, places)
         values = heads.value(trainable["value_head"], hidden)
         _, ref, _ = predictions(reference, base, None, places, temperature)

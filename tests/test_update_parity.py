@@ -1,6 +1,7 @@
 """The PPO update against torch: whole logits, one answer at a time, no padding, float64."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -8,8 +9,7 @@ import numpy as np
 import optax
 import pytest
 import torch
-import transformers
-from decoders import write_directory
+from torch_decoder import Torch, gradient, leaf
 from updates import (
     FULL,
     GRADIENT,
@@ -28,78 +28,47 @@ from updates import (
 )
 
 from refine_af.config import Ppo
-from refine_af.models import sources
 from refine_af.models.transformer import Params
 from refine_af.rollout import Reading, Rollout
 from refine_af.training import TrainState
 
 
-class Torch:
-    """Policy and critic in torch; what is trained are leaves with gradients.
-
-    A critic of its own is an adapter on the same frozen weights.
-    """
+class Models:
+    """Policy and critic in torch; a critic of its own is an adapter on the same frozen weights."""
 
     def __init__(self, folder: Path, state: TrainState) -> None:
-        torch.set_num_threads(1)  # its threads and XLA's, spinning on the same cores
-        trunk = state.params["policy"]
-        write_directory(TINY, trunk.get("model", base().params), folder)
-        load = transformers.AutoModelForCausalLM.from_pretrained
-        self.model = load(folder, dtype=torch.float64, attn_implementation="eager")
-        self.trainable = jax.tree.map(
-            lambda x: torch.tensor(np.asarray(x, np.float64), requires_grad=True), state.params
-        )
-
-    def weights(self, trunk: str) -> dict[str, torch.Tensor]:
-        """Of policy or critic: with alpha / rank * A B added, where there are adapters."""
-        weights = dict(self.model.named_parameters())
-        if "adapter" not in self.trainable[trunk]:
-            return weights
-        scale = OPTIONS.lora.alpha / OPTIONS.lora.rank
-        blocks = {"attention": "self_attn", "feed_forward": "mlp"}
-        for block, linears in self.trainable[trunk]["adapter"]["layers"].items():
-            for name, pair in linears.items():
-                for i, (a, b) in enumerate(zip(pair["lora_a"], pair["lora_b"], strict=True)):
-                    key = f"model.layers.{i}.{blocks[block]}.{name}_proj.weight"
-                    weights[key] = weights[key] + scale * (a @ b).T
-        return weights
-
-    def gradients(self, folder: Path) -> Params:
-        """Of all that is trained, as our tree: those of a whole model go through its file."""
-        found = {
-            name: jax.tree.map(lambda leaf: leaf.grad.numpy(), self.trainable[name])
-            for name, trunk in self.trainable.items()
-            if name == "value_head" or "adapter" in trunk
+        self.trunks = {
+            name: Torch(folder / name, TINY, base().params, trained, OPTIONS.lora)
+            for name, trained in state.params.items()
+            if name != "value_head"
         }
-        if "policy" not in found:
-            grads = {name: p.grad for name, p in self.model.named_parameters()}
-            self.model.load_state_dict(grads, strict=False)  # a tied head has none of its own
-            self.model.float().save_pretrained(folder)
-            model = sources.open_model(str(folder), param_dtype="float32").load()
-            found["policy"] = {"model": model}
-        return found
+        self.head = jax.tree.map(leaf, state.params["value_head"])
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        trunks = [x for trunk in self.trunks.values() for x in trunk.leaves]
+        return [*trunks, *jax.tree.leaves(self.head)]
+
+    def tree(self, folder: Path, of: Callable[[torch.Tensor], torch.Tensor]) -> Params:
+        """Something of all that is trained, as our tree."""
+        trunks = {name: trunk.tree(folder / name, of) for name, trunk in self.trunks.items()}
+        return trunks | {"value_head": jax.tree.map(lambda x: of(x).detach().numpy(), self.head)}
 
     def __call__(
         self, prompt: list[int], answer: list[int], heat: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Log-probability and value of each answer token, and entropy before it."""
-        ids = torch.tensor([[*prompt, *answer]])
-        call = {"input_ids": ids, "output_hidden_states": True}
         before = slice(len(prompt) - 1, -1)
-        trunks = ("policy", "critic" if "critic" in self.trainable else "policy")
-        policy, critic = (
-            torch.func.functional_call(self.model, self.weights(trunk), (), call)
-            for trunk in trunks
-        )
+        policy = self.trunks["policy"]([*prompt, *answer])
+        critic = self.trunks["critic"]([*prompt, *answer]) if "critic" in self.trunks else policy
         logprobs = torch.log_softmax(policy.logits[0, before] / heat, -1)
-        head = self.trainable["value_head"]
-        values = critic.hidden_states[-1][0, before] @ head["kernel"] + head["bias"]
+        values = critic.hidden_states[-1][0, before] @ self.head["kernel"] + self.head["bias"]
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs[range(len(answer)), answer], values, entropy
 
 
 def plain_losses(
-    model: Torch, rows: Rollout, old: Reading, options: Ppo
+    model: Models, rows: Rollout, old: Reading, options: Ppo
 ) -> dict[str, torch.Tensor]:
     """Losses of the first step as the papers write them, token by token; `loss` is their sum."""
     lengths = rows.mask.sum(1).astype(int)
@@ -147,7 +116,7 @@ def test_the_gradient_is_that_of_a_plain_transcription(
 ) -> None:
     """With other weights for the reading, ratios leave the clipping range in both directions."""
     rows, _ = answers()
-    model = Torch(tmp_path / "policy", new_state(1, options=options))
+    model = Models(tmp_path / "models", new_state(1, options=options))
     reading = read(new_state(drawn_by, options=options), rows, options=options)
     losses = plain_losses(model, rows, jax.tree.map(np.asarray, reading), options)
     losses["loss"].backward()
@@ -155,7 +124,7 @@ def test_the_gradient_is_that_of_a_plain_transcription(
     assert (metrics["ppo/clip_fraction"] > 0.1) == (drawn_by == 2)
     for name, loss in losses.items():
         assert metrics[f"ppo/{name}"] == pytest.approx(loss.item(), abs=1e-5), name
-    expected = model.gradients(tmp_path / "gradients")
+    expected = model.tree(tmp_path / "gradients", gradient)
     assert optax.tree.norm(expected["policy"]) > 0.1
     assert_close(state.opt_state, expected, 1e-5)
 
@@ -165,16 +134,14 @@ def test_the_step_is_that_of_a_plain_transcription(tmp_path: Path) -> None:
     """Clipping by the gradient's norm, Adam, and the first learning rate of the warm-up."""
     options = dataclasses.replace(GRADIENT, max_grad_norm=0.3)
     rows, _ = answers()
-    model = Torch(tmp_path, new_state(1))
+    model = Models(tmp_path, new_state(1))
     reading = read(new_state(1), rows)
     plain_losses(model, rows, jax.tree.map(np.asarray, reading), options)["loss"].backward()
-    leaves, structure = jax.tree.flatten(model.trainable)
-    norm = torch.nn.utils.clip_grad_norm_(leaves, options.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.leaves, options.max_grad_norm)
     rate = options.learning_rate / (options.warmup_steps + 1)
-    torch.optim.Adam(leaves, lr=rate, eps=options.adam_eps).step()
+    torch.optim.Adam(model.leaves, lr=rate, eps=options.adam_eps).step()
     state, metrics = update(options, reading=reading)
     assert metrics["ppo/grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert norm > options.max_grad_norm
-    expected = jax.tree.unflatten(structure, [leaf.detach().numpy() for leaf in leaves])
-    assert_close(state.params, expected, 1e-5)
+    assert_close(state.params, model.tree(tmp_path / "step", lambda x: x), 1e-5)
     assert distance(state, new_state(1)) > 1e-3
