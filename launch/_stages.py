@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags as absl_flags
 from absl.flags import FlagHolder
 
-from refine_af import checkpoints, mesh, pipeline
+from refine_af import checkpoints, pipeline
 from refine_af.arms import ARMS, REFINE_AF
 from refine_af.launch import flags
 from refine_af.validation import require_one_of
@@ -23,9 +23,6 @@ def run(
     config = flags.experiment()
     job = pipeline.Run(config, directory, arms)
     job.check(names)
-    if "finetune" in names:
-        size, pieces = config.sft.batch_size, config.sft.num_microbatches
-        mesh.check_batch("sft", size, pieces, mesh.make_mesh(config.mesh))
     pipeline.claim(config, directory, force=force.value)
     for name in names:
         try:

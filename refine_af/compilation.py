@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
 
-from refine_af import config as config_lib
 from refine_af import (
     finetuning,
     flops,
@@ -28,14 +27,15 @@ from refine_af import (
     sampling,
     tokens,
     training,
+    trunk,
 )
 from refine_af import mesh as mesh_lib
 from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment
-from refine_af.finetuning import Examples
 from refine_af.hlo import Collective
 from refine_af.models import heads, sources, transformer, weights
 from refine_af.models.transformer import Params
+from refine_af.packing import Answered
 from refine_af.policy import Policy
 from refine_af.rollout import Reading, Rollout
 from refine_af.training import TrainState
@@ -242,21 +242,21 @@ class Run:
         placed: TrainState = jax.tree_util.tree_map_with_path(place, state)
         return placed
 
-    def _trunk(self, lora: config_lib.Lora | None) -> tuple[Params, Params]:
+    def _trunk(self, options: trunk.Options) -> tuple[Params, Params]:
         """(shapes, shardings) of what is trained of a trunk."""
-        config = lora_config(lora) if lora else None
+        config = lora_config(options.lora) if options.trained == "lora" else None
         shapes = jax.eval_shape(
             lambda: transformer.init(self.base.config, config, key=jax.random.key(0))
         )
         shardings = mesh_lib.param_shardings(self.base.config, config, self.base.mesh)
-        if lora:
+        if config:
             return {"adapter": shapes[1]}, {"adapter": shardings[1]}
         masters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), shapes[0])
         return {"model": masters}, {"model": shardings[0]}
 
     def _ppo_state(self) -> TrainState:
         options = self.config.ppo
-        shapes, shardings = self._trunk(options.lora if options.trained == "lora" else None)
+        shapes, shardings = self._trunk(options)
         head = jax.eval_shape(lambda: heads.init_value_head(self.base.config.embed_dim))
         whole = mesh_lib.replicated(self.base.mesh)
         params = {"policy": shapes, "value_head": head}
@@ -284,14 +284,18 @@ class Run:
         return [Program("update", function, arguments, state, wanted, 0)]
 
     def sft(self) -> list[Program]:
-        """A step of fine-tuning on examples of the greatest length."""
+        """A step of fine-tuning on examples of the greatest length, one a row."""
         options, base = self.config.sft, self.base
         tx = finetuning.optimizer(options, 100)
-        state = self.state(*self._trunk(options.lora), tx)
-        function = finetuning.make_step(base.adapted(options.lora), options, tx)
+        state = self.state(*self._trunk(options), tx)
+        definition = trunk.definition(base, options)
+        step = finetuning.make_step(definition, options, tx, options.num_microbatches)
+        function = training.in_place(step, state)
         b, t = options.batch_size, options.max_length
-        examples = Examples(self._rows(b, t, dtype=jnp.int32), self._rows(b, t - 1))
-        wanted = 2 * flops.forward(base.config, b * t, b * (t - 1))
+        ids, places = (self._rows(b, n, dtype=jnp.int32) for n in (t, t - 1))
+        examples = Answered(ids, ids, places, self._rows(b, t - 1))
+        passes = 2 if options.trained == "lora" else 3
+        wanted = passes * flops.forward(base.config, b * t, b * (t - 1))
         return [Program("sft", function, (base.params, state, examples), state, wanted, 0)]
 
     def score(self) -> list[Program]:

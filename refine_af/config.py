@@ -366,9 +366,10 @@ class Sft:
     """Fine-tuning of the base model on the data set, loss on the response only."""
 
     format: str  # one of SFT_FORMATS
+    trained: str = "lora"  # one of TRAINED: an adapter on frozen weights, or all weights
     num_epochs: int
-    batch_size: int
-    num_microbatches: int
+    batch_size: int  # examples; packed into rows
+    num_microbatches: int  # at most; each of batch_size / num_microbatches rows; changes no number
     remat: str = "full"  # one of REMATS
     learning_rate: float
     warmup_share: float = 0.03  # of all steps; cosine decay to 0 afterwards (Alpaca)
@@ -383,6 +384,7 @@ class Sft:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("sft.format", self.format, SFT_FORMATS)
+        require_one_of("sft.trained", self.trained, TRAINED)
         require_one_of("sft.remat", self.remat, REMATS)
         counts = ("num_epochs", "batch_size", "num_microbatches", "max_length", "checkpoint_every")
         require_at_least(1, self, "sft.", *counts, "keep_checkpoints")

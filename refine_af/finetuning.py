@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of the base model (LoRA), loss on the response only."""
+"""Supervised fine-tuning of the base model, adapter or all weights; loss on responses only."""
 
 import dataclasses
 import functools
@@ -6,26 +6,28 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 from orbax.checkpoint import CheckpointManager
-from transformers import PreTrainedTokenizerBase
 
-from refine_af import checkpoints, logprobs, memory, records, tokens, training
+from refine_af import checkpoints, memory, records, rollout, sft_examples, training, trunk
 from refine_af import config as config_lib
 from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment, config_hash
-from refine_af.mesh import shard_batch
-from refine_af.models import convert, lora, transformer
+from refine_af.mesh import batch_parts, param_shardings, shard_batch
+from refine_af.models import convert, lora, sources
 from refine_af.models.transformer import Definition, Params
+from refine_af.models.weights import TreeWeights
+from refine_af.packing import Answered
 from refine_af.progress import bar
 from refine_af.randomness import generator, key_of
 from refine_af.records import Row
+from refine_af.rollout import Places
+from refine_af.sft_examples import Batches, Pair, encode
 from refine_af.training import TrainState
 
 CHECKPOINTS = "sft/checkpoints"
@@ -33,65 +35,21 @@ METRICS = "sft/metrics.jsonl"
 ADAPTER = "sft/adapter"  # in PEFT's format
 EXPORT = "sft/hf"
 
-Pair = tuple[list[int], list[int]]  # ids of the prompt and of the response
-
-# Stanford Alpaca's templates, https://github.com/tatsu-lab/stanford_alpaca.
-_ALPACA_WITH_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-)
-
-
-class Examples(NamedTuple):
-    """Tokenised examples, padded on the right."""
-
-    tokens: Int[Array, "B T"]
-    targets: Float[Array, "B T-1"]  # 1 where token t+1 is part of the response
-
-
-def encode(row: Row, tokenizer: PreTrainedTokenizerBase, fmt: str, eos: int) -> Pair:
-    """(prompt ids, response ids with the end token) of one triplet."""
-    if fmt == "chat":
-        text = f"{row['instruction']}\n{row['input']}".strip()
-        prompt = tokens.encode_prompt(tokenizer, text, "chat")
-    else:
-        template = _ALPACA_WITH_INPUT if row["input"] else _ALPACA
-        text = template.format(instruction=row["instruction"], input=row["input"])
-        prompt = tokens.encode_prompt(tokenizer, text, "raw")
-    response = tokenizer(row["output"], add_special_tokens=False).input_ids
-    return prompt, [*response, eos]
-
-
-def pad(pairs: Sequence[Pair], length: int) -> Examples:
-    """Examples as arrays; rows of zeros targets may be added by giving empty pairs."""
-    padded = tokens.pad_right([[*prompt, *response] for prompt, response in pairs], length)
-    targets = np.zeros((len(pairs), length - 1), np.float32)
-    for i, (prompt, response) in enumerate(pairs):
-        first = max(len(prompt) - 1, 0)
-        targets[i, first : first + len(response)] = 1.0
-    return Examples(jnp.asarray(padded), jnp.asarray(targets))
-
 
 def response_loss(
     definition: Definition,
     base: Params,
     count: Float[Array, ""],
-    params: dict[str, Params],
-    examples: Examples,
+    trained: Params,
+    examples: Answered,
     *,
     remat: str,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Negative log-likelihood of the response tokens, summed and divided by `count`."""
-    model = transformer.bind(definition, base, params["adapter"])
-    start = jnp.zeros((examples.tokens.shape[0],), jnp.int32)
-    hidden, _ = model(examples.tokens, start, remat=remat)
-    chosen, _ = logprobs.of_targets(model, hidden[:, :-1], examples.tokens[:, 1:])
-    return -jnp.sum(chosen * examples.targets) / count, {}
+    weights, adapter = trunk.weights(base, trained)
+    places = Places(examples.tokens, examples.start, examples.columns)
+    _, chosen, _ = rollout.predictions(definition, weights, adapter, places, 1.0, remat=remat)
+    return -jnp.sum(chosen * examples.predicts) / count, {}
 
 
 def optimizer(options: config_lib.Sft, total_steps: int) -> optax.GradientTransformation:
@@ -105,24 +63,27 @@ def optimizer(options: config_lib.Sft, total_steps: int) -> optax.GradientTransf
 
 
 def make_step(
-    definition: Definition, options: config_lib.Sft, tx: optax.GradientTransformation
-) -> Callable[[Params, TrainState, Examples], tuple[TrainState, dict[str, Array]]]:
-    """Jitted `step(base, state, examples)`; `state` is donated."""
+    definition: Definition,
+    options: config_lib.Sft,
+    tx: optax.GradientTransformation,
+    num_pieces: int,
+) -> Callable[[Params, TrainState, Answered], tuple[TrainState, dict[str, Array]]]:
+    """`step(base, state, examples)` in `num_pieces` cuts of rows, for `training.in_place`."""
 
     def step(
-        base: Params, state: TrainState, examples: Examples
+        base: Params, state: TrainState, examples: Answered
     ) -> tuple[TrainState, dict[str, Array]]:
-        count = jnp.maximum(jnp.sum(examples.targets), 1.0)
+        count = jnp.maximum(jnp.sum(examples.predicts), 1.0)
         grads, loss, _ = training.accumulate(
             functools.partial(response_loss, definition, base, count, remat=options.remat),
             state.params,
             examples,
-            options.num_microbatches,
+            num_pieces,
         )
         state, norm = training.guarded_step(tx, state, grads)
         return state._replace(step=state.step + 1), {"loss": loss, "grad_norm": norm}
 
-    return jax.jit(step, donate_argnums=1)
+    return step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +102,7 @@ class FinetuningStage:
             ValueError: no example is short enough.
         """
         options = self.config.sft
-        train, held_out = self._examples()
-        per_epoch = -(-len(train) // options.batch_size)
-        tx = optimizer(options, per_epoch * options.num_epochs)
+        tx = optimizer(options, self.batches.num_steps)
         metrics = self.workdir / METRICS
         losses: dict[int, float] = {}  # held out, by the steps done
 
@@ -153,11 +112,12 @@ class FinetuningStage:
         with checkpoints.open_manager(
             self.workdir / CHECKPOINTS, keep=options.keep_checkpoints, best=best
         ) as manager:
-            like = checkpoints.shapes_of(self._new_state(tx))
-            memory.check_state(like, like.params, self.base.mesh, "finetune")
-            export = convert.num_bytes(self.base.source.weights, "float32")  # merged
+            shapes = jax.eval_shape(lambda: self._new_state(tx))
+            memory.check_state(shapes, shapes.params, self.base.mesh, "finetune")
+            export = convert.num_bytes(self.base.source.weights, "float32")
             keep = options.keep_checkpoints + options.keep_best
-            checkpoints.check_space(manager, like, keep, beside=export)
+            checkpoints.check_space(manager, shapes, keep, beside=export)
+            like = checkpoints.shapes_of(self._new_state(tx))  # whose arrays are gone
             first, found = checkpoints.restore_latest(manager, like)
             records.cut(metrics, first, "step")
             kept = manager.all_steps()
@@ -165,41 +125,45 @@ class FinetuningStage:
                 if row.get("eval_loss") is not None and row["step"] + 1 in kept:
                     losses[row["step"] + 1] = row["eval_loss"]
             state = found or self._new_state(tx)
-            state = self._train(manager, first, state, (train, held_out), losses)
-            adapter = state.params["adapter"]
+            trained = self._train(manager, first, state, tx, losses).params
             del found, state  # the best one takes their place
             if best() is not None:
                 checkpoints.finish(manager)
                 chosen = checkpoints.restore_best(manager, like, losses)[1]
-                adapter = chosen.params["adapter"] if chosen else adapter
-        self._export(adapter)
+                trained = chosen.params if chosen else trained
+        self._export(trained)
 
     def _train(
         self,
         manager: CheckpointManager,
         first: int,
         state: TrainState,
-        examples: tuple[list[Pair], list[Pair]],  # to train on, held out
+        tx: optax.GradientTransformation,
         losses: dict[int, float],  # is added to
     ) -> TrainState:
         """Steps from `first` on."""
-        options, (train, held_out) = self.config.sft, examples
-        per_epoch = -(-len(train) // options.batch_size)
-        steps = range(first, per_epoch * options.num_epochs)
-        definition = self.base.adapted(options.lora)
-        step_fn = make_step(definition, options, optimizer(options, steps.stop))
+        options, batches = self.config.sft, self.batches
+        steps = range(first, batches.num_steps)
+        definition = trunk.definition(self.base, options)
+        step = make_step(definition, options, tx, batches.layout.num_pieces)
+        step_fn = training.in_place(step, state)
+
+        def prepare(step: int, _: TrainState) -> tuple[Answered, int]:
+            pairs = batches.of_step(step)
+            return self._packed(pairs), sft_examples.num_tokens(pairs)
 
         def learn(
-            step: int, state: TrainState, prepared: tuple[Examples, int]
+            step: int, state: TrainState, prepared: tuple[Answered, int]
         ) -> tuple[TrainState, dict[str, str]]:
             began = time.monotonic()
             batch, count = prepared
             state, figures = step_fn(self.base.params, state, batch)
-            row = {"step": step, "epoch": (step + 1) / per_epoch}
+            row = {"step": step, "epoch": (step + 1) / batches.per_epoch}
             row |= {name: float(value) for name, value in figures.items()}
+            row["batch/padding_share"] = 1.0 - count / batch.tokens.size
             row["time/tokens_per_second"] = count / (time.monotonic() - began)
-            if held_out and (step + 1) % per_epoch == 0:
-                loss = row["eval_loss"] = self._eval_loss(definition, state, held_out)
+            if batches.held_out and (step + 1) % batches.per_epoch == 0:
+                loss = row["eval_loss"] = self._eval_loss(definition, state)
                 losses.update({step + 1: loss} if math.isfinite(loss) else {})
             training.check_skipped(state, f"fine-tuning step {step}")
             records.append_rows(self.workdir / METRICS, [row])
@@ -211,7 +175,7 @@ class FinetuningStage:
                 manager,
                 state,
                 steps,
-                prepare=lambda step, _: self._batch(train, step, per_epoch),
+                prepare=prepare,
                 learn=learn,
                 due=lambda done: (
                     done % options.checkpoint_every == 0 or (options.keep_best and done in losses)
@@ -220,79 +184,89 @@ class FinetuningStage:
                 progress=progress,
             )
 
-    def _examples(self) -> tuple[list[Pair], list[Pair]]:
-        options = self.config.sft
+    @functools.cached_property
+    def batches(self) -> Batches:
+        """The examples that fit, some held out.
+
+        Raises:
+            ValueError: none fits.
+        """
+        options, seed = self.config.sft, self.config.seed
         eos = self.base.end_id
         pairs = [encode(row, self.base.tokenizer, options.format, eos) for row in self.rows]
-        fitting = [p for p in pairs if len(p[0]) + len(p[1]) <= options.max_length]
+        fitting = [pair for pair in pairs if sft_examples.num_tokens([pair]) <= options.max_length]
         if not fitting:
             raise ValueError(
                 f"sft: none of {len(pairs)} examples fits sft.max_length={options.max_length}"
             )
-        order = generator(self.config.seed, "sft/split").permutation(len(fitting))
+        order = generator(seed, "sft/split").permutation(len(fitting))
         held_out = int(options.eval_share * len(fitting))
         shuffled = [fitting[i] for i in order]
-        return shuffled[held_out:], shuffled[:held_out]
+        parts = batch_parts(self.base.mesh)
+        return Batches(options, seed, shuffled[held_out:], shuffled[:held_out], parts)
 
     def _new_state(self, tx: optax.GradientTransformation) -> TrainState:
         key = key_of(self.config.seed, "sft/adapter")
-        adapter = self.base.new_adapter(self.config.sft.lora, key)
-        return self.base.place_state(training.new_state({"adapter": adapter}, tx, 0.0))
+        trained = trunk.new(self.base, self.config.sft, key)
+        state: TrainState = self.base.place_state(training.new_state(trained, tx, 0.0))
+        return state
 
-    def _batch(self, train: Sequence[Pair], step: int, per_epoch: int) -> tuple[Examples, int]:
-        """Examples of a step (the epoch's order is a function of its number), and their tokens."""
-        options = self.config.sft
-        epoch, index = divmod(step, per_epoch)
-        order = generator(self.config.seed, "sft/order", epoch).permutation(len(train))
-        chosen = order[index * options.batch_size : (index + 1) * options.batch_size]
-        pairs = [train[i] for i in chosen]
-        return self._padded(pairs), sum(len(p) + len(r) for p, r in pairs)
+    def _packed(self, pairs: Sequence[Pair]) -> Answered:
+        rows: Answered = shard_batch(self.base.mesh, sft_examples.pack(pairs, self.batches.layout))
+        return rows
 
-    def _padded(self, pairs: Sequence[Pair]) -> Examples:
-        longest = tokens.bucket(max(len(p) + len(r) for p, r in pairs))
-        idle: list[Pair] = [([], [])]
-        filled = [*pairs, *idle * (self.config.sft.batch_size - len(pairs))]
-        return shard_batch(self.base.mesh, pad(filled, longest))
-
-    def _eval_loss(
-        self,
-        definition: Definition,
-        state: TrainState,
-        held_out: Sequence[Pair],
-    ) -> float:
+    def _eval_loss(self, definition: Definition, state: TrainState) -> float:
         """Mean loss a response token on the examples that were held out."""
-        size = self.config.sft.batch_size
         total, count = 0.0, 0.0
-        for first in range(0, len(held_out), size):
-            batch = self._padded(held_out[first : first + size])
+        for pairs in self.batches.of_held_out():
+            batch = self._packed(pairs)
             loss, _ = _jit_response_loss(
                 definition, self.base.params, np.float32(1.0), state.params, batch
             )
             total += float(loss)
-            count += float(jnp.sum(batch.targets))
+            count += float(jnp.sum(batch.predicts))
         return total / count
 
-    def _export(self, adapter: Params) -> None:
-        """Write the adapter for `peft`, and the merged model for transformers."""
-        shape = lora_config(self.config.sft.lora)
-        source, folder = self.base.source, self.workdir / ADAPTER
-        lora.write_peft(adapter, shape, self.base.config, folder, source.name)
-        merged = lora.MergedWeights(self.base.params, adapter, shape)
-        convert.export(source, merged, self.workdir / EXPORT)
+    def _export(self, trained: Params) -> None:
+        """Write the tuned model for transformers, in float32, and an adapter for `peft`, too."""
+        source, target = self.base.source, self.workdir / EXPORT
+        if "model" in trained:
+            convert.export(source, TreeWeights(trained["model"]), target)
+            return
+        adapter, shape = trained["adapter"], lora_config(self.config.sft.lora)
+        lora.write_peft(adapter, shape, self.base.config, self.workdir / ADAPTER, source.name)
+        convert.export(source, lora.MergedWeights(self.base.params, adapter, shape), target)
 
 
 _jit_response_loss = jax.jit(functools.partial(response_loss, remat="none"), static_argnums=0)
 
 
-def tuned_adapter(config: Experiment, base: BaseModel, workdir: Path) -> Params:
-    """Adapter that fine-tuning has exported.
+def check_finished(workdir: Path) -> None:
+    """See to it that there is a tuned model.
 
     Raises:
         ValueError: fine-tuning has not finished.
     """
     if not finished(workdir):
         raise ValueError(f"{workdir / EXPORT}: fine-tuning has not finished; run finetune first")
-    return lora.read_peft(workdir / ADAPTER, base.config)[1]
+
+
+def tuned_model(config: Experiment, base: BaseModel, workdir: Path) -> Params:
+    """Parameters for an engine, of the model that fine-tuning has exported.
+
+    Raises:
+        ValueError: fine-tuning has not finished, or its files are damaged.
+    """
+    check_finished(workdir)
+    options, model = config.sft, config.model
+    if options.trained == "lora":
+        trained = {"adapter": lora.read_peft(workdir / ADAPTER, base.config)[1]}
+    else:
+        export = sources.open_model(
+            str(workdir / EXPORT), dtype=model.dtype, param_dtype=model.param_dtype
+        )
+        trained = {"model": export.load(param_shardings(base.config, None, base.mesh)[0])}
+    return trunk.for_sampling(base, options, trained)
 
 
 def finished(workdir: Path) -> bool:

@@ -92,7 +92,7 @@ def affordable_slots(
 
 _SMALLER = {
     "train_ppo": "train an adapter (lora), take ppo.optimizer=adafactor",
-    "finetune": "lower sft.lora.rank",
+    "finetune": "train an adapter (lora) of low sft.lora.rank",
 }
 
 

@@ -75,22 +75,6 @@ def check(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
             )
 
 
-def check_batch(name: str, size: int, num_microbatches: int, mesh: jax.sharding.Mesh) -> None:
-    """Refuse a batch whose pieces every device would have to compute as a whole.
-
-    Raises:
-        ValueError: rows of a microbatch do not divide over the mesh's batch axes.
-    """
-    parts, rows = batch_parts(mesh), size // num_microbatches
-    if rows % parts:
-        raise ValueError(
-            f"{name}.batch_size={size} in num_microbatches={num_microbatches}: {rows} rows at a "
-            f"time do not divide over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} "
-            f"devices; make batch_size a multiple of {parts * num_microbatches}, take fewer "
-            "microbatches, or give devices to tensor"
-        )
-
-
 def spec(
     axes: Axes,
     shape: tuple[int, ...],

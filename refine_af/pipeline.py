@@ -259,16 +259,17 @@ def evaluate(run: Run) -> bool:
     arms = [arm for arm in ARMS if finetuning.finished(folder(run.workdir, arm))] or run.arms
     if {"base", *arms} <= records.read_json(run.workdir / SCORES).get("arms", {}).keys():
         return False
-    adapters = {"base": None} | {
-        arm: finetuning.tuned_adapter(run.config, run.base, folder(run.workdir, arm))
-        for arm in arms
-    }
+    for arm in arms:
+        finetuning.check_finished(folder(run.workdir, arm))
     asked = evaluation.questions(tasks, run.base.tokenizer, options)
     predictions = run.workdir / PREDICTIONS
-    for arm, adapter in adapters.items():
-        lora = run.config.sft.lora if adapter else None
+    for arm in ("base", *arms):
         engine = run.base.engine(options.batch_size)
-        params = run.base.for_sampling(adapter, lora)
+        params = (
+            run.base.for_sampling()
+            if arm == "base"
+            else finetuning.tuned_model(run.config, run.base, folder(run.workdir, arm))
+        )
         evaluation.predict(engine, params, asked, options, predictions, arm)
     evaluation.write_scores(tasks, predictions, run.workdir / SCORES)
     return True

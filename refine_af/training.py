@@ -20,7 +20,7 @@ class TrainState(NamedTuple):
     """Everything that a step reads and writes; a pytree, donated to the update."""
 
     step: Int[Array, ""]  # rollouts (PPO) or optimizer steps (SFT) done
-    params: Tree  # trainable, float32: see `policy`, or {"adapter": ...} in fine-tuning
+    params: Tree  # trainable, float32: see `policy`; in fine-tuning, see `trunk`
     opt_state: Tree
     kl_coef: Float[Array, ""]  # of the controller; unused (0) in fine-tuning
     scores: ppo.Moments  # of all rewards so far; unused (empty) in fine-tuning
@@ -91,6 +91,19 @@ def guarded_step(
         opt_state=jax.tree.map(keep, opt_state, state.opt_state),
         skipped=jnp.where(finite, 0, state.skipped + 1),
     ), norm
+
+
+def in_place(step: Callable[..., tuple[TrainState, Tree]], state: TrainState) -> Any:
+    """Jitted `step(base, state, ...)`; `state` is donated, and the next one laid out as it was.
+
+    Left to itself, XLA may lay it out otherwise on a mesh: the second step would be a program of
+    its own, and a run that goes on from a checkpoint, with the first one, would round otherwise.
+
+    Args:
+        state: any of the run, or its shapes with shardings.
+    """
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=1, out_shardings=(layout, None))
 
 
 def check_skipped(

@@ -13,7 +13,7 @@ from refine_af import config as config_lib
 from refine_af.base_model import BaseModel
 from refine_af.models.transformer import Definition, Params
 
-Options = config_lib.Ppo  # that say what is trained
+Options = config_lib.Ppo | config_lib.Sft  # that say what is trained
 
 
 def definition(base: BaseModel, options: Options) -> Definition:

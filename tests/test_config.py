@@ -72,6 +72,7 @@ OTHERS = {
     "dataset.filter_at": 0.5,
     "dataset.max_similarity": 0.5,
     "sft.format": "chat",
+    "sft.trained": "full",
     "sft.batch_size": 8,
     "sft.num_microbatches": 4,
     "sft.warmup_share": 0.5,

@@ -1,4 +1,4 @@
-"""Fine-tuning: steps against a plain transcription, crashes, and the export."""
+"""The stage of fine-tuning: crashes, the best epoch, all weights, and the export."""
 
 import dataclasses
 import functools
@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 import transformers
@@ -20,25 +19,31 @@ from decoders import source_of
 from jax.tree_util import keystr, tree_leaves_with_path
 from orbax.checkpoint import CheckpointManager
 
-from refine_af import checkpoints, finetuning, memory, mesh, records, training
+from refine_af import (
+    checkpoints,
+    finetuning,
+    memory,
+    mesh,
+    records,
+    sft_examples,
+    training,
+    trunk,
+)
 from refine_af import config as config_lib
-from refine_af.base_model import BaseModel, lora_config
-from refine_af.config import Experiment, Sampling, Sft
+from refine_af.base_model import BaseModel
+from refine_af.config import Experiment, Sampling
 from refine_af.configs import tiny
-from refine_af.finetuning import Examples, FinetuningStage, encode, pad
+from refine_af.finetuning import FinetuningStage
 from refine_af.models import hf, lora, transformer, writing
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.registry import PRESETS
 from refine_af.requests import Request
+from refine_af.sft_examples import encode
 
 TINY = PRESETS["tiny"]
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token_id
 SFT = dataclasses.replace(tiny.get_config().sft, batch_size=4, num_microbatches=2, max_length=256)
-LORA = lora_config(SFT.lora)
-
-
-# Steps
 
 
 @functools.cache
@@ -60,89 +65,11 @@ def base() -> BaseModel:
     return BaseModel(source, transformer.define(TINY), params, devices)
 
 
-@functools.cache
-def noisy_adapter() -> Any:
-    """Host arrays of an adapter as if after some training: a fresh one has no gradient in A."""
-    rng = np.random.default_rng(1)
-    shapes = jax.eval_shape(lambda: transformer.init(TINY, LORA, key=jax.random.key(0)))[1]
-    return jax.tree.map(lambda x: 0.1 * rng.standard_normal(x.shape, np.float32), shapes)
-
-
-def batch() -> Examples:
-    """Responses of different lengths, and one idle row."""
-    rng = np.random.default_rng(2)
-    lengths = [(9, 5), (20, 12), (3, 1), (0, 0)]
-    pairs = [[rng.integers(4, 260, n).tolist() for n in pair] for pair in lengths]
-    return pad([(prompt, response) for prompt, response in pairs], 32)
-
-
-def optimize(options: Sft, steps: int) -> tuple[Any, list[dict[str, float]]]:
-    """Adapter after `steps` of the same batch, and the figures of each."""
-    tx = finetuning.optimizer(options, total_steps=steps)
-    step = finetuning.make_step(base().adapted(options.lora), options, tx)
-    shardings = mesh.param_shardings(TINY, LORA, base().mesh)[1]
-    params = {"adapter": jax.device_put(noisy_adapter(), shardings)}
-    state = base().place_state(training.new_state(params, tx, 0.0))
-    history = []
-    for _ in range(steps):
-        state, figures = step(base().params, state, mesh.shard_batch(base().mesh, batch()))
-        history.append({name: float(value) for name, value in figures.items()})
-    assert int(state.step) == steps
-    return state.params["adapter"], history
-
-
-plain_optimize = functools.cache(functools.partial(optimize, SFT, 3))
-
-
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
     left, right = tree_leaves_with_path(actual), tree_leaves_with_path(expected)
     assert [keystr(path) for path, _ in left] == [keystr(path) for path, _ in right]
     for (path, a), (_, b) in zip(left, right, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance, rtol=tolerance, err_msg=keystr(path))
-
-
-@jax.jit
-@jax.value_and_grad
-def plain_loss(adapter: Any) -> jax.Array:
-    """Cross-entropy of the merged model's whole logits, a mean over the response tokens."""
-    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), base().params)
-    merged = lora.merge(params, adapter, LORA)
-    model = transformer.bind(transformer.define(TINY), merged)
-    ids, targets = batch()
-    logits = model.logits(model(ids, jnp.zeros(4, jnp.int32))[0])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], ids[:, 1:])
-    return jnp.sum(losses * targets) / jnp.sum(targets)
-
-
-def test_steps_are_those_of_a_plain_transcription() -> None:
-    """Clipped to norm 1, then Adam; the rate is peak / 2, peak, and half of the peak by cosine."""
-    actual, figures = plain_optimize()
-    adapter = noisy_adapter()
-    mean = square = jax.tree.map(np.zeros_like, adapter)
-    for step, rate in enumerate([0.5e-3, 1e-3, 0.5e-3], start=1):
-        loss, grads = plain_loss(adapter)
-        norm = float(optax.tree.norm(grads))
-        assert figures[step - 1]["loss"] == pytest.approx(float(loss), abs=1e-5)
-        assert figures[step - 1]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-        grads = jax.tree.map(lambda g, norm=norm: np.asarray(g, np.float64) / max(norm, 1), grads)
-        mean = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, mean, grads)
-        square = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, square, grads)
-        adapter = jax.tree.map(
-            lambda x, m, v, t=step, rate=rate: (
-                x - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
-            ).astype(np.float32),
-            adapter,
-            mean,
-            square,
-        )
-    assert max(f["grad_norm"] for f in figures) > 1, "clipping is at work"
-    assert_close(actual, adapter, 1e-5)
-
-
-@pytest.mark.parametrize("pieces", [1, 4])
-def test_microbatches_change_nothing(pieces: int) -> None:
-    options = dataclasses.replace(SFT, num_microbatches=pieces)
-    assert_close(optimize(options, 3), plain_optimize(), 1e-6)
 
 
 # The stage
@@ -164,6 +91,8 @@ def programs() -> Iterator[None]:
     draw, drawn = BaseModel.new_adapter, {}
 
     def new_adapter(self: BaseModel, options: config_lib.Lora, key: jax.Array) -> Any:
+        if isinstance(key, jax.core.Tracer):  # for its shapes
+            return draw(self, options, key)
         seed = (options, *jax.random.key_data(key).tolist())
         if seed not in drawn:
             drawn[seed] = draw(self, options, key)
@@ -194,8 +123,8 @@ def metrics(workdir: Path) -> list[records.Row]:
 
 
 def tuned(workdir: Path) -> Any:
-    adapter = finetuning.tuned_adapter(EXPERIMENT, base(), workdir)
-    return jax.tree.map(np.asarray, adapter)
+    """Adapter, as it was written."""
+    return jax.tree.map(np.asarray, lora.read_peft(workdir / finetuning.ADAPTER, TINY)[1])
 
 
 def test_the_stage_takes_every_step_and_learns(whole: Path) -> None:
@@ -206,20 +135,12 @@ def test_the_stage_takes_every_step_and_learns(whole: Path) -> None:
     assert np.mean([row["loss"] for row in rows[3:]]) < np.mean([row["loss"] for row in rows[:3]])
 
 
-def test_every_example_is_seen_once_an_epoch_in_another_order() -> None:
-    train, held_out = stage(Path())._examples()
-    assert (len(train), len(held_out)) == (11, 2)
-    orders = []
-    for epoch in range(2):
-        batches = [stage(Path())._batch(train, 3 * epoch + step, 3) for step in range(3)]
-        seen = np.concatenate([examples.tokens for examples, _ in batches])
-        assert seen.shape[0] == 12, "the last batch is filled with an idle row"
-        orders.append([row.tolist() for row in seen if row.any()])
-        assert sum(count for _, count in batches) == sum(len(p) + len(r) for p, r in train)
-    assert sorted(orders[0]) == sorted(orders[1])
-    assert orders[0] != orders[1]
-    inside = [tuple(p + r) for p, r in train + held_out]
-    assert len(set(inside)) == 13
+def test_what_is_padding_is_told(whole: Path) -> None:
+    batches = stage(Path()).batches
+    area = batches.layout.num_rows * batches.layout.row_length
+    used = [sft_examples.num_tokens(batches.of_step(step)) for step in range(6)]
+    shares = [row["batch/padding_share"] for row in metrics(whole)]
+    assert shares == pytest.approx([1 - count / area for count in used])
 
 
 def fail_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -302,10 +223,10 @@ def train_only(mine: FinetuningStage, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def saved(mine: FinetuningStage, step: int) -> Any:
-    """Adapter of a checkpoint."""
-    like = checkpoints.shapes_of(mine._new_state(finetuning.optimizer(SFT, 6)))
+    """What is trained, of a checkpoint."""
+    like = checkpoints.shapes_of(mine._new_state(finetuning.optimizer(mine.config.sft, 6)))
     with checkpoints.open_manager(mine.workdir / finetuning.CHECKPOINTS, keep=9) as manager:
-        return checkpoints.restore(manager, step, like).params["adapter"]
+        return checkpoints.restore(manager, step, like).params
 
 
 def test_the_best_epoch_is_kept_and_exported(
@@ -318,7 +239,7 @@ def test_the_best_epoch_is_kept_and_exported(
     mine.run()
     folder = tmp_path / finetuning.CHECKPOINTS
     assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
-    first, last = (saved(mine, step) for step in (3, 6))
+    first, last = (saved(mine, step)["adapter"] for step in (3, 6))
     assert_close(tuned(tmp_path), first, 0)
     with pytest.raises(AssertionError):
         assert_close(first, last, 0)
@@ -343,7 +264,7 @@ def test_of_a_damaged_best_the_next_best_is_exported(
     assert notice.endswith("; the next best one is taken")
     mine.run()
     assert sorted(path.name for path in folder.iterdir()) == ["6", "damaged-3"]
-    assert_close(tuned(tmp_path), saved(mine, 6), 0)
+    assert_close(tuned(tmp_path), saved(mine, 6)["adapter"], 0)
 
 
 def test_a_loss_that_is_not_finite_is_no_best(
@@ -354,7 +275,7 @@ def test_a_loss_that_is_not_finite_is_no_best(
     mine = keeping_best(tmp_path)
     train_only(mine, monkeypatch)
     mine.run()
-    assert_close(tuned(tmp_path), saved(mine, 6), 0)
+    assert_close(tuned(tmp_path), saved(mine, 6)["adapter"], 0)
 
 
 def test_a_save_that_fails_before_the_best_is_read_is_one_line(
@@ -379,7 +300,9 @@ def test_a_train_state_that_does_not_fit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda _: 1000)
-    with pytest.raises(ValueError, match=r"^finetune: the train state .*; lower sft.lora.rank, or"):
+    with pytest.raises(
+        ValueError, match=r"^finetune: the train state .*; train an adapter \(lora\) of low"
+    ):
         stage(tmp_path).run()
 
 
@@ -418,7 +341,7 @@ def test_a_step_that_is_not_finite_is_recorded_as_null(
 
         def run(*inputs: Any) -> Any:
             state, figures = step(*inputs)
-            return state, figures | ({"loss": jnp.asarray(jnp.nan)} if state.step == 2 else {})
+            return state, figures | {"loss": jnp.where(state.step == 2, jnp.nan, figures["loss"])}
 
         return run
 
@@ -433,9 +356,47 @@ def test_without_an_example_that_fits_there_is_nothing_to_do(tmp_path: Path) -> 
         stage(tmp_path, short).run()
 
 
-def test_the_adapter_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+def test_the_model_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"fine-tuning has not finished; run finetune first"):
-        finetuning.tuned_adapter(EXPERIMENT, base(), tmp_path)
+        finetuning.tuned_model(EXPERIMENT, base(), tmp_path)
+
+
+# All weights
+
+
+FULL = dataclasses.replace(
+    EXPERIMENT,
+    sft=dataclasses.replace(SFT, trained="full", remat="none", keep_best=True, keep_checkpoints=1),
+)
+
+
+@pytest.mark.slow
+def test_all_weights_are_trained_exported_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed behind a checkpoint, the run ends as an undisturbed one; its base is as it was."""
+    before = jax.tree.map(np.array, base().params)
+    whole, killed = (stage(tmp_path / name, FULL) for name in ("whole", "killed"))
+    whole.run()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(records, "append_rows", fail_at(4, records.append_rows))
+        killed.run()
+    killed.run()
+    assert metrics(killed.workdir) == metrics(whole.workdir)
+    assert metrics(whole.workdir)[-1]["eval_loss"] < metrics(whole.workdir)[2]["eval_loss"]
+    assert_close(base().params, before, 0)
+    files = [
+        workdir / finetuning.EXPORT / "model.safetensors"
+        for workdir in (whole.workdir, killed.workdir)
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert not (whole.workdir / finetuning.ADAPTER).exists()
+    (best,) = {path.name for path in (whole.workdir / finetuning.CHECKPOINTS).iterdir()}
+    state = saved(whole, int(best))
+    expected = trunk.for_sampling(base(), FULL.sft, state)
+    assert_close(finetuning.tuned_model(FULL, base(), whole.workdir), expected, 0)
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max() > 0, state["model"], before)
+    assert all(jax.tree.leaves(moved))
 
 
 # The export, as transformers reads it
@@ -452,9 +413,8 @@ def exported(whole: Path) -> transformers.PreTrainedModel:
 def test_the_loss_on_held_out_examples_is_that_of_the_export(
     exported: transformers.PreTrainedModel, whole: Path
 ) -> None:
-    _, held_out = stage(whole)._examples()
     total = count = 0.0
-    for prompt, response in held_out:
+    for prompt, response in stage(whole).batches.held_out:
         with torch.no_grad():
             logits = exported(torch.tensor([prompt + response])).logits[0]
         logprobs = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
@@ -467,7 +427,7 @@ def test_the_export_writes_the_same_greedy_text(
     exported: transformers.PreTrainedModel, whole: Path
 ) -> None:
     prompt = encode(ROWS[0], TOKENIZER, "alpaca", EOS)[0]
-    params = base().for_sampling(finetuning.tuned_adapter(EXPERIMENT, base(), whole), SFT.lora)
+    params = finetuning.tuned_model(EXPERIMENT, base(), whole)
     request = Request(tuple(prompt), Sampling(temperature=0.0, max_new_tokens=32))
     (ours,) = base().engine(2).generate(params, [request])
     with torch.no_grad():

@@ -55,7 +55,6 @@ SMALL = (
     "--config.ppo.num_eval_samples=1",
     "--config.ppo.sampling.max_new_tokens=8",
     "--config.instances.sampling.max_new_tokens=48",
-    "--config.sft.num_microbatches=1",
     "--config.sft.num_epochs=1",
     "--config.sft.eval_share=0.5",
     "--config.evaluation.max_instances=1",

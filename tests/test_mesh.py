@@ -58,18 +58,6 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(
     assert str(error.value) == message
 
 
-def test_a_batch_must_divide() -> None:
-    mesh.check_batch("sft", 16, 2, of(data=2, fsdp=4))
-    mesh.check_batch("sft", 2, 2, of(data=1, fsdp=1, tensor=8))
-    with pytest.raises(ValueError) as error:
-        mesh.check_batch("sft", 8, 2, of(data=2, fsdp=4))
-    assert str(error.value) == (
-        "sft.batch_size=8 in num_microbatches=2: 4 rows at a time do not divide over data=2 x "
-        "fsdp=4 devices; make batch_size a multiple of 16, take fewer microbatches, or give "
-        "devices to tensor"
-    )
-
-
 @pytest.mark.parametrize("axes", [{"fsdp": 4}, {"data": 3, "fsdp": -1}, {"data": -1}, {"fsdp": 0}])
 def test_a_mesh_of_other_devices_is_refused(axes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"the product must be the number of devices, 8; give one"):
