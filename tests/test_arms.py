@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from programs import Program, refused
-from runs import PREDICTIONS, Done, Programs, arm_outputs, differences
+from runs import ALONE, PREDICTIONS, Done, Programs, arm_outputs, differences
 
 from refine_af import arms, dataset, evaluation, finetuning, pipeline, records
 from refine_af.configs import tiny
 
 BOTH = "--arms=refine_af,self_instruct"
-pytestmark = pytest.mark.usefixtures("only_its_own_flags")
+pytestmark = [pytest.mark.usefixtures("only_its_own_flags"), ALONE]
 
 
 def test_one_arm_has_the_workdir_and_the_other_a_folder() -> None:

@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from runs import Done, Programs, differences, names
+from runs import ALONE, Done, Programs, differences, names
+
+pytestmark = ALONE
 
 # What each stage writes; how often a run is killed in it; at most after how many changes of that.
 _STAGES = {

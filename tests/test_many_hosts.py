@@ -16,10 +16,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from runs import LITTLE_OPTIMIZATION, rows_without_times
+from runs import ALONE, LITTLE_OPTIMIZATION, rows_without_times
 from safetensors.numpy import load_file
 
 from refine_af import checkpoints, records, seeds
+
+pytestmark = ALONE
 
 SEEDS = Path(seeds.__file__).parent
 TEXTS = (

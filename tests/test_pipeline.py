@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from runs import (
+    ALONE,
     DATASET,
     METRICS,
     PREDICTIONS,
@@ -30,6 +31,7 @@ from safetensors.numpy import load_file
 from refine_af import records
 from refine_af.models import sources
 
+pytestmark = ALONE
 STAGES = (
     "generate_instructions",
     "train_ppo",
