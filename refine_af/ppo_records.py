@@ -65,8 +65,8 @@ def open_log(workdir: Path, config: Experiment, first: int) -> Iterator[Log]:
 
 def looks(workdir: Path) -> dict[int, float]:
     """Mean reward of the held-out instructions so far, by the number of steps behind each look."""
-    rows = records.read_rows(workdir / METRICS)
-    return {row["step"]: row["eval/reward/mean"] for row in rows if "eval/reward/mean" in row}
+    found = {r["step"]: r.get("eval/reward/mean") for r in records.read_rows(workdir / METRICS)}
+    return {step: reward for step, reward in found.items() if reward is not None}
 
 
 def write_looks(workdir: Path, found: Mapping[int, float]) -> None:
