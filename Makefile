@@ -15,10 +15,10 @@ demo: $(VENV)/.runtime ## the whole pipeline on a 135M model, into runs/demo
 	$(VENV)/bin/python -m refine_af.launch.pipeline --config=smollm2_135m --workdir=runs/demo
 
 test: $(VENV)/.test ## all tests but the slow ones
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 test-slow: $(VENV)/.test ## the slow tests
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m slow
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 lint: $(VENV)/.dev ## style and formatting
 	$(VENV)/bin/ruff check .

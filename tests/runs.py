@@ -63,9 +63,6 @@ SCORES = "ppo/scores.sqlite"
 EVENTS = "ppo/events.out.tfevents"
 REPORT = ("report.html", "timings.json")  # with times
 
-# For test files that start programs: one after another, with one undisturbed run for all.
-ALONE = pytest.mark.xdist_group("programs")
-
 # Programs that are compiled a lot and compute little.
 LITTLE_OPTIMIZATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 

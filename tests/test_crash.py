@@ -11,9 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from runs import ALONE, Done, Programs, differences, names
-
-pytestmark = ALONE
+from runs import Done, Programs, differences, names
 
 # What each stage writes; how often a run is killed in it; at most after how many changes of that.
 _STAGES = {

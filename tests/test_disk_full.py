@@ -13,7 +13,7 @@ import data_sets
 import jax
 import numpy as np
 import pytest
-from runs import ALONE, Done, Programs, differences
+from runs import Done, Programs, differences
 from tensorboardX.proto.summary_pb2 import Summary
 
 from refine_af import checkpoints, dataset, events, records
@@ -24,8 +24,6 @@ from refine_af.models.config import LoraConfig
 from refine_af.models.weights import TreeWeights
 from refine_af.rewards import Example
 from refine_af.score_cache import CachedOracle
-
-pytestmark = ALONE
 
 TINY: Experiment = flags.load_config("tiny")
 _ROOM = 16_384  # bytes that a full disk, or a file on it, still takes

@@ -16,12 +16,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from runs import ALONE, LITTLE_OPTIMIZATION, rows_without_times
+from runs import LITTLE_OPTIMIZATION, rows_without_times
 from safetensors.numpy import load_file
 
 from refine_af import checkpoints, records, seeds
-
-pytestmark = ALONE
 
 SEEDS = Path(seeds.__file__).parent
 TEXTS = (
@@ -337,7 +335,7 @@ def test_damage_that_one_process_finds_is_found_by_all(tmp_path: Path, scratch: 
     finish(tmp_path, start(scratch, 2, *command))
     part = part_of_the_other(directory / "2")
     part.write_bytes(part.read_bytes()[: part.stat().st_size // 2])
-    first, second = [process.wait(60) for process in start(scratch, 2, *command)]
+    first, second = [process.wait() for process in start(scratch, 2, *command)]
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert first.out.endswith("restored 1\n")
     assert f"{directory}/2: the checkpoint is damaged (" in first.err
@@ -363,7 +361,7 @@ def test_an_error_of_one_is_the_end_and_the_reason_of_all(
     (here / "mine.py").write_text("from refine_af.configs.tiny import get_config\n")
     command = ("generate_instructions", f"--workdir={tmp_path / 'lost'}", *SMALL)
     started = start(scratch, 2, *command, flag, directories=(here, there))
-    first, second = (process.wait(60) for process in started)
+    first, second = (process.wait() for process in started)
     assert (first.code, second.code) == (2, 2)
     assert f"error: {reason}" in second.err
     assert f"error: another process has failed: process 1: {reason}" in first.err
@@ -375,7 +373,7 @@ def test_an_error_of_one_is_the_end_and_the_reason_of_all(
 def test_processes_with_other_arguments_are_refused(scratch: Path) -> None:
     workdir = scratch / "unlike"
     command = ("finetune", f"--workdir={workdir}", *SMALL)
-    for ended in [p.wait(60) for p in start(scratch, 2, *command, last=("--config.seed=1",))]:
+    for ended in [p.wait() for p in start(scratch, 2, *command, last=("--config.seed=1",))]:
         assert ended.code == 2
         assert "error: process 1 was started with '--workdir=" in ended.err
         assert ended.err.endswith("; all of a run take the same arguments\n")
@@ -391,7 +389,7 @@ def test_generate_answers_each_row_once(scratch: Path) -> None:
     outputs = [scratch / "together.jsonl", scratch / "alone.jsonl"]
     together = start(scratch, 2, *command, f"--output={outputs[0]}")
     alone = Process(scratch, 4, *command, f"--output={outputs[1]}")
-    assert [process.wait(120).code for process in (*together, alone)] == [2, 2, 2]
+    assert [process.wait().code for process in (*together, alone)] == [2, 2, 2]
     found, wanted = map(records.read_rows, outputs)
     assert len(found) == 4
     assert_close(found, wanted, "rows")

