@@ -99,9 +99,7 @@ def assert_same(actual: list[Completion], expected: list[Completion]) -> None:
             for seed, (model, num_slots, max_read, prefix) in enumerate(
                 (
                     ("global", 3, 128, 130),
-                    ("global", 16, 512, 64),
                     ("alternating", 2, 16, 0),
-                    ("alternating", 4, 64, 200),
                     ("window", 16, 32, 64),
                     ("window", 5, 128, 70),
                 ),

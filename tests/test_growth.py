@@ -22,7 +22,7 @@ from refine_af import seeds
 from refine_af.rewards import Example
 from refine_af.rlaf import RlafStage
 
-STEPS = 400
+STEPS = 300
 OPTIONS = dataclasses.replace(
     CONFIG.ppo,
     batch_size=4,

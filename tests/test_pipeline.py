@@ -28,6 +28,8 @@ from safetensors.numpy import load_file
 from refine_af import records
 from refine_af.models import sources
 
+pytestmark = pytest.mark.slow
+
 STAGES = (
     "generate_instructions",
     "train_ppo",
@@ -124,7 +126,6 @@ def test_the_tuned_model_loads_in_transformers(undisturbed: Done) -> None:
     assert load_file(folder / "model.safetensors")["model.norm.weight"].dtype == np.float32
 
 
-@pytest.mark.slow
 def test_a_damaged_policy_is_made_again(
     undisturbed: Done, programs: Programs, tmp_path: Path
 ) -> None:
@@ -157,7 +158,6 @@ def test_a_second_start_changes_nothing_and_is_quick(undisturbed: Done, programs
     assert ended.seconds < first.seconds / 2
 
 
-@pytest.mark.slow
 def test_another_seed_writes_other_instructions(
     undisturbed: Done, programs: Programs, tmp_path: Path
 ) -> None:
@@ -215,7 +215,6 @@ def is_stopped(
     return ended.code == code and polite and "Traceback" not in ended.err
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)  # a dozen starts
 def test_stages_stopped_again_and_again_make_the_same_run(
     undisturbed: Done, programs: Programs, tmp_path: Path
@@ -230,6 +229,5 @@ def test_stages_stopped_again_and_again_make_the_same_run(
     assert differences(undisturbed.workdir, tmp_path) == []
 
 
-@pytest.mark.slow
 def test_a_pipeline_stops_politely(programs: Programs, tmp_path: Path) -> None:
     assert is_stopped(programs, "pipeline", tmp_path, MOMENTS[1], signal.SIGINT)
