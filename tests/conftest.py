@@ -5,15 +5,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
+from xla_flags import LITTLE_OPTIMIZATION
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: the tests that need a GPU run, too
-# Compiling takes most of the time: it optimizes little here, which halves that, and nothing is
-# compiled twice. The programs that tests/runs.py starts are compiled as for users.
+# Compiling takes most of the time. What was compiled is kept until the end.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_use_fusion_emitters=false",
+        LITTLE_OPTIMIZATION,
     ]
 )
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="refine-af-compiled-")

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pyarrow.parquet
 import pytest
 from tensorboardX.proto import event_pb2
+from xla_flags import LITTLE_OPTIMIZATION
 
 from refine_af import checkpoints, records
 
@@ -62,9 +63,6 @@ TABLES = (DATASET, "dataset/alpaca.parquet", "dataset/chat.parquet")
 SCORES = "ppo/scores.sqlite"
 EVENTS = "ppo/events.out.tfevents"
 REPORT = ("report.html", "timings.json")  # with times
-
-# Programs that are compiled a lot and compute little.
-LITTLE_OPTIMIZATION = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 class Ended(NamedTuple):

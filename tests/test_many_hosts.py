@@ -16,8 +16,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from runs import LITTLE_OPTIMIZATION, rows_without_times
+from runs import rows_without_times
 from safetensors.numpy import load_file
+from xla_flags import LITTLE_OPTIMIZATION
 
 from refine_af import checkpoints, records, seeds
 
