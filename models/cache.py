@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from refine_af.models.config import ModelConfig
+from refine_af.models.rotary import Rotary
 
 _INT8_MAX = 127.0
 
@@ -41,6 +42,32 @@ class KVCache(NamedTuple):
     end: Int[Array, ""]  # columns written so far, the same for all rows
 
 
+class Tail(NamedTuple):
+    """A cache that is only read, and the columns since, for a loop that writes a few.
+
+    Each step then writes to a small array: XLA's CPU back end converts the whole of a bfloat16
+    array to float32 and back to write to it. What depends on positions is computed once.
+    """
+
+    past: KVCache
+    recent: KVCache  # with room for all columns of the loop
+    rotaries: tuple[Rotary, Rotary]  # of those columns, as `Transformer.tail` makes them
+
+    @property
+    def end(self) -> Int[Array, ""]:
+        """Columns written so far."""
+        return self.recent.end
+
+    def next_rotaries(self, count: int) -> tuple[Rotary, Rotary]:
+        """Those of the next columns."""
+
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, self.end - self.past.end, count, axis=2)
+
+        first, second = jax.tree.map(cut, self.rotaries)
+        return first, second
+
+
 class Prefix(NamedTuple):
     """Keys and values of a beginning that texts share: positions 0 .. P-1, the last ones last."""
 
@@ -64,6 +91,22 @@ def empty(config: ModelConfig, batch: int, length: int) -> KVCache:
         return Stored(*made)
 
     return KVCache(tuple(map(layer, range(config.num_layers))), jnp.zeros((), jnp.int32))
+
+
+def joined(tail: Tail) -> KVCache:
+    """One cache again, with the recent columns over the oldest ones."""
+    past, recent, _ = tail
+
+    def layer(old: Stored, new: Stored) -> Stored:
+        column = columns(old.keys.shape[2], recent.end)
+
+        def merge(old: Array, new: Array) -> Array:
+            is_new = (column >= past.end).reshape(1, 1, -1, *[1] * (old.ndim - 3))
+            return jnp.where(is_new, jnp.take(new, column % new.shape[2], axis=2), old)
+
+        return jax.tree.map(merge, old, new)
+
+    return KVCache(tuple(map(layer, past.layers, recent.layers)), recent.end)
 
 
 def num_bytes(config: ModelConfig, batch: int, length: int) -> int:

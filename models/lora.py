@@ -54,8 +54,8 @@ _INITS = (True, "gaussian", "eva", "orthogonal")
 def merge(base: Params, adapter: Params, config: LoraConfig) -> Params:
     """Base parameters with `scale * A @ B` added to every adapted kernel (sum in float32).
 
-    Works on stacked and on unstacked layouts; `base` itself stays as it is. A bfloat16 kernel is
-    too coarse for a small adapter: most of it is rounded away.
+    For stacked layers; `base` itself stays as it is. A bfloat16 kernel is too coarse for a small
+    adapter: most of it is rounded away.
     """
     return _add(base, adapter, config.scale)
 

@@ -362,8 +362,8 @@ class T5(nnx.Module):
         x = rows_of(self.embedding[...], start).astype(jnp.float32)
         x = self.decoder_norm(layers.scan(self.decoder, lambda m, x: m(x, encoded, mask), x))
         if not self.config.tie_embeddings:
-            return rows_times("td,dv->tv", x, self.head[...])
-        return rows_times("td,vd->tv", x, self.embedding[...]) * self.config.embed_dim**-0.5
+            return rows_times(x, self.head[...])
+        return rows_times(x, self.embedding[...], axis=1) * self.config.embed_dim**-0.5
 
 
 def _inside(tokens: Int[Array, "B T"], lengths: Int[Array, "B"]) -> Bool[Array, "B T"]:

@@ -21,12 +21,13 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from refine_af.models import attention, rotary
+from refine_af.models import cache as cache_lib
 from refine_af.models.attention import Seen
 from refine_af.models.block import Attend, Block
-from refine_af.models.cache import KVCache, Prefix, Stored
+from refine_af.models.cache import KVCache, Prefix, Stored, Tail
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.contraction import rows_times
-from refine_af.models.layers import LINEAR, Axes, RMSNorm, quantize
+from refine_af.models.layers import LINEAR, Axes, Linear, RMSNorm, quantize
 from refine_af.models.rotary import Rotary
 
 Params = dict[str, Any]  # nested, leaves are arrays
@@ -57,31 +58,38 @@ class Transformer(nnx.Module):
         else:
             blocks = [Block(config, lora=lora, rngs=rngs) for _ in range(config.num_layers)]
             self.layers = nnx.List(blocks)
+            for _, module in nnx.iter_modules(self.layers):
+                if isinstance(module, Linear):
+                    module.transpose()
         self.final_norm = RMSNorm(config.embed_dim, config)
         if not config.tie_embeddings:
-            self.head = nnx.Param(
-                init(rngs.params(), table[::-1], param_dtype), axes=("embed", "vocab")
+            shape, axes = (
+                (table[::-1], ("embed", "vocab")) if stacked else (table, ("vocab", "embed"))
             )
+            self.head = nnx.Param(init(rngs.params(), shape, param_dtype), axes=axes)
 
     def __call__(
         self,
         tokens: Int[Array, "B T"],
         start: Int[Array, "B *T"],
         *,
-        cache: KVCache | None = None,
+        cache: KVCache | Tail | None = None,
         prefix: Prefix | None = None,
         offset: Int[Array, "B *T"] | None = None,
         remat: str = "none",
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Final hidden states (after the last norm), for `logits` or a value head.
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Final hidden states (after the last norm), for `logits` or a value head; and the cache.
+
+        It is a `Tail` where one was given, else a `KVCache`.
 
         Args:
             tokens: ids; columns before a row's `start` are left padding, anything after its real
                 tokens is right padding. Outputs at padding are meaningless.
             start: first column of each row's text; or of the text that each token belongs to, where
                 several are packed into a row. Positions count from there.
-            cache: what was computed for the columns before these; needs unstacked layers.
-                Without it the columns are 0..T-1 and the returned cache holds exactly those.
+            cache: what was computed for the columns before these (a `Tail` has room for these);
+                needs unstacked layers. Without it the columns are 0..T-1 and the returned cache
+                holds exactly those.
             prefix: what stands before column `start` of texts that begin alike; needs unstacked
                 layers.
             offset: number of prefix tokens before each text (or each token's): all of them or 0.
@@ -92,8 +100,9 @@ class Transformer(nnx.Module):
         columns = end + jnp.arange(tokens.shape[1], dtype=jnp.int32)
         start = start.reshape(tokens.shape[0], -1)
         offset = jnp.zeros_like(start) if offset is None else offset.reshape(tokens.shape[0], -1)
-        positions = jnp.maximum(columns[None] - start + offset, 0)
-        rotaries = self._rotaries(positions)
+        positions = _positions(columns, start, offset)
+        tail = cache if isinstance(cache, Tail) else None
+        rotaries = tail.next_rotaries(len(columns)) if tail else self._rotaries(positions)
         x = self._split_rows(self._embed(tokens))
         if cache is None and prefix is None and self.stacked:
             x, kept = self._scan(x, rotaries, start, remat=remat)
@@ -106,9 +115,21 @@ class Transformer(nnx.Module):
                 x, layers = self._unrolled(x, rotaries, lambda i: whole.attend(*before.layer(i)))
             else:
                 x, layers = self._unrolled(
-                    x, rotaries, lambda i: self._cached(i, start, cache, before.layer(i)[1])
+                    x,
+                    rotaries,
+                    lambda i: self._cached(i, start, columns, cache, before.layer(i)[1]),
                 )
-        return self.final_norm(x), KVCache(tuple(layers), end + tokens.shape[1])
+        written = KVCache(tuple(layers), end + tokens.shape[1])
+        return self.final_norm(x), tail._replace(recent=written) if tail else written
+
+    def tail(
+        self, cache: KVCache, start: Int[Array, "B"], offset: Int[Array, "B"], places: int
+    ) -> Tail:
+        """The same cache for a loop that writes `places` more columns of these texts."""
+        columns = cache.end + jnp.arange(places, dtype=jnp.int32)
+        positions = _positions(columns, start[:, None], offset[:, None])
+        recent = cache_lib.empty(self.config, len(start), places)._replace(end=cache.end)
+        return Tail(cache, recent, self._rotaries(positions))
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Start of the residual stream, float32."""
@@ -149,8 +170,21 @@ class Transformer(nnx.Module):
         return [self.config.window(i) is None for i in range(self.config.num_layers)]
 
     def _cached(
-        self, layer: int, start: Int[Array, "B 1|T"], cache: KVCache, before: Sequence[Seen]
+        self,
+        layer: int,
+        start: Int[Array, "B 1|T"],
+        columns: Int[Array, "T"],
+        cache: KVCache | Tail,
+        before: Sequence[Seen],
     ) -> Attend:
+        if isinstance(cache, Tail):
+            past, cache = cache.past, cache.recent
+            stored = past.layers[layer]
+            written = cache_lib.columns(stored.keys.shape[2], past.end)
+            mask = attention.visible(start, columns, written, self.config.window(layer))
+            before = [*before, Seen(stored, mask)]
+            start = jnp.maximum(start, past.end)
+
         def attend(query: Array, new: Stored) -> tuple[Array, Stored]:
             return attention.attend_cached(
                 query,
@@ -195,7 +229,8 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Next-token logits in float32."""
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return logits_of(self.config, flat, self.head_kernel).reshape(*hidden.shape[:-1], -1)
+        axis = vocabulary_axis(self.config, stacked=self.stacked)
+        return logits_of(self.config, flat, self.head_kernel, axis).reshape(*hidden.shape[:-1], -1)
 
     @property
     def head_kernel(self) -> Array:
@@ -203,17 +238,20 @@ class Transformer(nnx.Module):
         return self.embedding[...] if self.config.tie_embeddings else self.head[...]
 
 
-def vocabulary_axis(config: ModelConfig) -> int:
+def vocabulary_axis(config: ModelConfig, *, stacked: bool = True) -> int:
     """0 for a `head_kernel` [V, D], 1 for one [D, V]."""
-    return 0 if config.tie_embeddings else 1
+    return 1 if stacked and not config.tie_embeddings else 0
 
 
 def logits_of(
-    config: ModelConfig, hidden: Float[Array, "T D"], kernel: Float[Array, "..."]
+    config: ModelConfig, hidden: Float[Array, "T D"], kernel: Float[Array, "..."], axis: int
 ) -> Float[Array, "T V"]:
-    """Logits, float32, of the vocabulary entries that `kernel`, a part of the head's, has."""
-    spec = "td,vd->tv" if vocabulary_axis(config) == 0 else "td,dv->tv"
-    logits = rows_times(spec, hidden, kernel)
+    """Logits, float32, of the vocabulary entries that `kernel`, a part of the head's, has.
+
+    Args:
+        axis: as of `vocabulary_axis`.
+    """
+    logits = rows_times(hidden, kernel, 1 - axis)
     cap = config.logit_softcap
     return logits if cap is None else jnp.tanh(logits / cap) * cap
 
@@ -245,6 +283,12 @@ def _rows_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
 
 
 rows_of.defvjp(_rows_forward, _rows_backward)
+
+
+def _positions(
+    columns: Int[Array, "T"], start: Int[Array, "B 1|T"], offset: Int[Array, "B 1|T"]
+) -> Int[Array, "B T"]:
+    return jnp.maximum(columns[None] - start + offset, 0)
 
 
 def _pick(is_global: bool | Bool[Array, ""], of_global: Any, of_local: Any) -> Any:
@@ -411,14 +455,24 @@ def bind(definition: Definition, base: Params, adapter: Params | None = None) ->
 
 
 def unstack_layers(base: Params) -> Params:
-    """Stacked layout -> one subtree a layer, for `define(..., stacked=False)`."""
+    """Stacked layout -> one subtree a layer, for `define(..., stacked=False)`.
+
+    There kernels are [out, in], and a head that is not tied [V, D].
+    """
     num_layers = jax.tree.leaves(base["layers"])[0].shape[0]
-    layers = {i: jax.tree.map(lambda x, i=i: x[i], base["layers"]) for i in range(num_layers)}
-    return {**base, "layers": layers}
+
+    def layer(index: int) -> Params:
+        one = jax.tree.map(lambda x: x[index], base["layers"])
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.T if path[-1].key == "kernel" else x, one
+        )
+
+    unstacked = {**base, "layers": {i: layer(i) for i in range(num_layers)}}
+    return unstacked | {"head": base["head"].T} if "head" in base else unstacked
 
 
 def int8_kernels(base: Params) -> Params:
-    """Parameters for `ModelConfig.int8_weights`: each kernel as int8 with a factor a column."""
+    """For `ModelConfig.int8_weights`: stacked kernels as int8 with a factor a column."""
 
     def convert(node: Any) -> Any:
         if not isinstance(node, dict):

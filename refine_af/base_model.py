@@ -138,10 +138,9 @@ def _relay(
     base: Params, adapter: Params, lora: LoraConfig | None, int8_weights: bool, shardings: _Frozen
 ) -> Params:
     merged = base if lora is None else lora_lib.merge(base, adapter, lora)
-    unstacked = transformer.unstack_layers(merged)
     if int8_weights:
-        unstacked = transformer.int8_kernels(unstacked)
-    return jax.lax.with_sharding_constraint(unstacked, shardings.tree)
+        merged = transformer.int8_kernels(merged)
+    return jax.lax.with_sharding_constraint(transformer.unstack_layers(merged), shardings.tree)
 
 
 def lora_config(options: config_lib.Lora) -> LoraConfig:

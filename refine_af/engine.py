@@ -174,6 +174,7 @@ class _Run:
             engine.mesh,
             wanted=-(-wanted // parts) * parts,
             length=packing.bucket(max(len(a.own) + a.budget for a in answers), _LEAST_PLACES),
+            tail_length=CHUNK,
             prefix_length=prefix_length,
             scratch_length=self._room(longest) if longest > engine.max_read or prefix_length else 0,
             free=engine.cache_budget,

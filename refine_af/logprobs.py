@@ -170,7 +170,8 @@ def _tied(index: Array, hidden: Array) -> Array:
 
 
 def _logits(config: ModelConfig, heat: Array, hidden: Array, kernel: Array) -> Float[Array, "T V"]:
-    return transformer.logits_of(config, hidden, kernel) / heat
+    axis = transformer.vocabulary_axis(config)
+    return transformer.logits_of(config, hidden, kernel, axis) / heat
 
 
 # A block takes entries from all over the vocabulary, some of each eighth of it: where the head is

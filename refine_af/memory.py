@@ -50,6 +50,7 @@ def affordable_slots(
     *,
     wanted: int,
     length: int,
+    tail_length: int,
     prefix_length: int,
     scratch_length: int,
     free: int | None,
@@ -60,6 +61,7 @@ def affordable_slots(
         wanted: a multiple of the number of parts of a batch.
         length: tokens of the longest text; caches grow up to it, so that an old one and a new
             one are there at the same time.
+        tail_length: columns that are written apart before they join a cache.
         prefix_length: tokens of a shared beginning.
         scratch_length: tokens of the cache that a long prompt is read into.
         free: bytes on each device; None: what is free now.
@@ -72,8 +74,8 @@ def affordable_slots(
     single = sum(cache_bytes(config, mesh, 1, n) for n in (prefix_length, scratch_length) if n)
 
     def needed(num_slots: int) -> int:
-        both = (cache_bytes(config, mesh, num_slots, n) for n in (length, length * 3 // 4))
-        return single + sum(both)
+        lengths = length, length * 3 // 4, tail_length
+        return single + sum(cache_bytes(config, mesh, num_slots, n) for n in lengths)
 
     num_slots = wanted
     while needed(num_slots) > free and num_slots > parts:

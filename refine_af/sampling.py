@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 from refine_af import mesh as mesh_lib
 from refine_af.models import cache as cache_lib
 from refine_af.models import transformer
-from refine_af.models.cache import KVCache, Prefix
+from refine_af.models.cache import KVCache, Prefix, Tail
 from refine_af.models.transformer import Definition, Params, Transformer
 
 CHUNK = 32  # tokens of a slot between two looks of the host, at most
@@ -221,34 +221,37 @@ def decode(
     nothing = jnp.zeros((batch, CHUNK), jnp.float32)
     found = Chosen(jnp.zeros((batch, CHUNK), jnp.int32), nothing, nothing)
 
-    def step(carry: tuple[Array, Slots, Chosen]) -> tuple[Array, Slots, Chosen]:
-        i, slots, found = carry
-        slots, chosen = _step(model, slots, prefix, needs)
-        return i + 1, slots, jax.tree.map(lambda a, b: a.at[:, i].set(b), found, chosen)
+    def step(carry: tuple[Array, Slots, Tail, Chosen]) -> tuple[Array, Slots, Tail, Chosen]:
+        i, slots, tail, found = carry
+        slots, tail, chosen = _step(model, slots, tail, prefix, needs)
+        return i + 1, slots, tail, jax.tree.map(lambda a, b: a.at[:, i].set(b), found, chosen)
 
-    def going(carry: tuple[Array, Slots, Chosen]) -> Array:
-        i, slots, _ = carry
+    def going(carry: tuple[Array, Slots, Tail, Chosen]) -> Array:
+        i, slots, *_ = carry
         return (i < steps) & (jnp.sum(slots.done) < wake)
 
-    return jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), slots, found))[1:]
+    tail = model.tail(slots.cache, slots.start, slots.offset, CHUNK)
+    first = jnp.zeros((), jnp.int32), slots, tail, found
+    _, slots, tail, found = jax.lax.while_loop(going, step, first)
+    return slots._replace(cache=cache_lib.joined(tail)), found
 
 
 def _step(
-    model: Transformer, slots: Slots, prefix: Prefix | None, needs: Needs
-) -> tuple[Slots, Chosen]:
-    """One more token for every slot."""
-    hidden, cache = model(
-        slots.token[:, None], slots.start, cache=slots.cache, prefix=prefix, offset=slots.offset
+    model: Transformer, slots: Slots, tail: Tail, prefix: Prefix | None, needs: Needs
+) -> tuple[Slots, Tail, Chosen]:
+    """One more token for every slot; new columns are in the tail."""
+    hidden, tail = model(
+        slots.token[:, None], slots.start, cache=tail, prefix=prefix, offset=slots.offset
     )
     chosen = choose(model.logits(hidden[:, 0]), slots.seen, slots.drawn, slots.limits, needs)
     drawn = slots.drawn + ~slots.done
-    return slots._replace(
-        cache=cache,
+    slots = slots._replace(
         token=chosen.token,
         drawn=drawn,
         done=slots.done | _is_last(chosen.token, drawn, slots.limits),
         seen=_note(slots.seen, chosen.token),
-    ), chosen
+    )
+    return slots, tail, chosen
 
 
 def _is_last(token: Array, drawn: Array, limits: Limits) -> Bool[Array, "B"]:

@@ -36,9 +36,10 @@ MODELS = {
 
 
 @functools.cache
-def params_of(name: str) -> Params:
+def params_of(name: str, *, int8: bool = False) -> Params:
     shapes = jax.eval_shape(lambda: transformer.init(MODELS[name], key=jax.random.key(0)))[0]
-    return transformer.unstack_layers(noise(shapes, seed=3))
+    params = noise(shapes, seed=3)
+    return transformer.unstack_layers(transformer.int8_kernels(params) if int8 else params)
 
 
 def engine_of(name: str, num_slots: int, **changes: Any) -> Engine:
@@ -313,8 +314,9 @@ def requests_of_100_tokens() -> list[Request]:
 
 
 def needed_by_a_slot() -> int:
-    """The cache for 128 tokens, and the one of 96 that it may grow from."""
-    return sum(memory.cache_bytes(MODELS["global"], one_device(), 1, n) for n in (128, 96))
+    """The cache for 128 tokens, the one of 96 that it may grow from, and the columns of a loop."""
+    lengths = 128, 96, sampling.CHUNK
+    return sum(memory.cache_bytes(MODELS["global"], one_device(), 1, n) for n in lengths)
 
 
 def test_what_cannot_fit_is_refused_with_the_figures_before_anything_is_made() -> None:
@@ -346,6 +348,30 @@ def test_a_windowed_layer_never_holds_more_than_its_window() -> None:
     assert [s.keys.shape[2] for s in moved.layers] == [WINDOW, 192, WINDOW]
 
 
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_columns_written_apart_are_those_written_in_place(name: str, int8: bool) -> None:
+    """Six tokens after 59, in a ring of 64: the last of them stands where the first one stood."""
+    config = dataclasses.replace(MODELS[name], int8_cache=int8)
+    model = transformer.bind(transformer.define(config, stacked=False), params_of(name))
+    ids = np.random.default_rng(0).integers(0, VOCAB, (2, 65))
+    start, offset = jnp.asarray([3, 1]), jnp.zeros(2, jnp.int32)
+    _, read = model(ids[:, :59], start)
+    plain = cache.resize(config, read, 64)
+    tail = model.tail(plain, start, offset, 8)
+    for column in range(59, 65):
+        token = ids[:, column, None]
+        wanted, plain = model(token, start, cache=plain)
+        found, tail = model(token, start, cache=tail)
+        np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)
+    joined = cache.joined(tail)
+    assert int(joined.end) == int(plain.end) == 65
+    for ours, theirs in zip(joined.layers, plain.layers, strict=True):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1), ours, theirs)
+        if not int8:
+            np.testing.assert_allclose(ours.values, theirs.values, atol=1e-5, rtol=0)
+
+
 # int8
 
 
@@ -353,9 +379,7 @@ def test_a_windowed_layer_never_holds_more_than_its_window() -> None:
 def test_int8_drifts_little(name: str) -> None:
     """Log-probabilities of the same tokens, by a model whose cache or weights are int8."""
     config = dataclasses.replace(MODELS["alternating"], **{name: True})
-    params = params_of("alternating")
-    if name == "int8_weights":
-        params = transformer.int8_kernels(params)
+    params = params_of("alternating", int8=name == "int8_weights")
     exact = step_logits(MODELS["alternating"], params_of("alternating"))
     assert 0 < np.abs(step_logits(config, params) - exact).max() < 0.1
 

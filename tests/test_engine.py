@@ -364,13 +364,17 @@ def test_eight_devices_say_the_same_as_one(sizes: config_lib.Mesh) -> None:
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2, alpha=2.0, pattern=".*")])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_weights_are_cut_along_embed_and_heads(lora: LoraConfig | None, stacked: bool) -> None:
-    """fsdp 4 x tensor 2: a device holds an eighth of a kernel, a quarter of its LoRA factor A."""
+    """fsdp 4 x tensor 2: a device holds an eighth of a kernel, a quarter of its LoRA factor A.
+
+    Kernels are [in, out] where layers are stacked, and [out, in] where they are not.
+    """
     devices = mesh.make_mesh(config_lib.Mesh(fsdp=4, tensor=2))
     base, adapter = mesh.param_shardings(TINY, lora, devices, stacked=stacked)
     layer = (lambda tree: tree["layers"]) if stacked else (lambda tree: tree["layers"][0])
     lead = (TINY.num_layers,) if stacked else ()
     kernel = layer(base)["attention"]["k"]["kernel"]
-    assert kernel.shard_shape((*lead, 32, 16)) == (*lead, 8, 8)
+    shape = (*lead, 32, 16) if stacked else (16, 32)
+    assert kernel.shard_shape(shape) == (*lead, 8, 8)
     if lora:
         factor = layer(adapter)["attention"]["k"]["lora_a"]
         assert factor.shard_shape((*lead, 32, 2)) == (*lead, 8, 2)

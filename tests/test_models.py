@@ -11,7 +11,7 @@ import pytest
 from decoders import CONFIGS, LLAMA, MISTRAL, WINDOW, random_params
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from refine_af.models import attention, heads, transformer
+from refine_af.models import attention, contraction, heads, transformer
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.transformer import Definition, Params, define
 
@@ -131,6 +131,20 @@ def test_logits_are_float32_in_a_bfloat16_model() -> None:
     params = random_params(config)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
     assert logits_of(define(config), params, random_tokens(1, 4)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("count", [1, 2, 64, 65])
+def test_a_kernel_may_lie_either_way(count: int, dtype: str) -> None:
+    """Few bfloat16 rows meet a kernel [F, D] as the second operand, many as the first."""
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(count, 24)), dtype)
+    kernel = jnp.asarray(rng.normal(size=(24, 40)), dtype)
+    wanted = np.asarray(rows, np.float32) @ np.asarray(kernel, np.float32)
+    for laid_out, axis in ((kernel, 0), (kernel.T, 1)):
+        found = contraction.rows_times(rows, laid_out, axis)
+        assert (found.dtype, found.shape) == (jnp.float32, (count, 40))
+        np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
 
 
 # Configs and presets
