@@ -33,7 +33,7 @@ class KVCache(NamedTuple):
     """Keys and values of every layer, written at a column that all rows share.
 
     The columns are a clock: a row's text may begin at any of them, and what is written next is one
-    number for all rows, so the write is a slice update in place instead of a scatter. A layer has C
+    number for all rows, so the write is a slice update instead of a scatter. A layer has C
     places; column c stands at place `c mod C`, over the column `c - C`, which no row needs any
     more: a layer with a sliding window never has more places than that window.
     """
@@ -43,10 +43,10 @@ class KVCache(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """A cache that is only read, and the columns since, for a loop that writes a few.
+    """A cache that is only read, and the columns since, for a loop that writes a few one by one.
 
     Each step then writes to a small array: XLA's CPU back end converts the whole of a bfloat16
-    array to float32 and back to write to it. What depends on positions is computed once.
+    array to float32 and back to write to it. Rotations are computed once for all steps.
     """
 
     past: KVCache
@@ -58,11 +58,11 @@ class Tail(NamedTuple):
         """Columns written so far."""
         return self.recent.end
 
-    def next_rotaries(self, count: int) -> tuple[Rotary, Rotary]:
-        """Those of the next columns."""
+    def next_rotaries(self) -> tuple[Rotary, Rotary]:
+        """Those of the next column."""
 
         def cut(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, self.end - self.past.end, count, axis=2)
+            return jax.lax.dynamic_slice_in_dim(x, self.end - self.past.end, 1, axis=2)
 
         first, second = jax.tree.map(cut, self.rotaries)
         return first, second

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_FEW_ROWS = 64  # a kernel [F, D] is the faster first operand up to so many
+_FEW_ROWS = 64  # of bfloat16: up to so many, a kernel [F, D] is the faster first operand
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -59,7 +59,8 @@ def rows_times(
     XLA's CPU back end lays out a product's second operand anew each time, which takes longer than
     the product where few rows meet a kernel. A kernel [F, D] can be the first operand instead
     (16 bfloat16 rows and a kernel of 1536 x 576: 113 us, as the second operand [D, F] 294 us; 2
-    cores with AMX, jax 0.10.2). Two rows take as long as 16, and half as long as one.
+    cores with AMX, jax 0.10.2). Two rows take as long as 16, and half as long as one: a single one
+    is doubled.
 
     Args:
         kernel: [D, F], or [F, D].
@@ -90,4 +91,4 @@ def project(
     flat = x.reshape(-1, x.shape[-1])
     y = rows_times(flat, kernel, axis)
     y = (y if scale is None else y * scale[None]).astype(x.dtype)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -23,7 +23,7 @@ LINEAR = "linear"  # name that a remat policy knows the results of linear maps b
 
 
 class Linear(nnx.Module):
-    """`x @ kernel`, plus a bias, plus a low-rank adapter when `lora` names this linear.
+    """`x @ kernel` (`.T` if transposed), a bias, a low-rank adapter when `lora` names this linear.
 
     Attributes:
         kernel: [in, out], logical axes `axes`; int8 with `int8`. [out, in] once `transpose`d.

@@ -61,7 +61,7 @@ def merge(base: Params, adapter: Params, config: LoraConfig) -> Params:
 
 
 def unmerge(merged: Params, adapter: Params, config: LoraConfig) -> Params:
-    """What `merge` made its result of, up to rounding in the kernels' dtype."""
+    """What `merge` made its result of, up to rounding in the kernels' dtype; stacked layers."""
     return _add(merged, adapter, -config.scale)
 
 

@@ -3,7 +3,7 @@
 `Transformer` is a Flax NNX module. Programs split it once (`define`) and from then on work on
 pytrees: `apply(definition, params, ...)`. Layers are stacked and scanned (short compile, cheap
 rematerialisation); for decoding `unstack_layers` lays the same parameters out one by one, where a
-loop over stacked weights would copy every layer's slice at each token.
+loop over stacked weights would copy every layer's slice at each token, and kernels as [out, in].
 
 Axis letters as in `layers`.
 """
@@ -87,9 +87,9 @@ class Transformer(nnx.Module):
                 tokens is right padding. Outputs at padding are meaningless.
             start: first column of each row's text; or of the text that each token belongs to, where
                 several are packed into a row. Positions count from there.
-            cache: what was computed for the columns before these (a `Tail` has room for these);
-                needs unstacked layers. Without it the columns are 0..T-1 and the returned cache
-                holds exactly those.
+            cache: what was computed for the columns before these; needs unstacked layers. A `Tail`
+                takes one column at a time. Without a cache the columns are 0..T-1 and the returned
+                one holds exactly those.
             prefix: what stands before column `start` of texts that begin alike; needs unstacked
                 layers.
             offset: number of prefix tokens before each text (or each token's): all of them or 0.
@@ -102,7 +102,8 @@ class Transformer(nnx.Module):
         offset = jnp.zeros_like(start) if offset is None else offset.reshape(tokens.shape[0], -1)
         positions = _positions(columns, start, offset)
         tail = cache if isinstance(cache, Tail) else None
-        rotaries = tail.next_rotaries(len(columns)) if tail else self._rotaries(positions)
+        assert tail is None or tokens.shape[1] == 1, "a tail grows by one column at a time"
+        rotaries = self._rotaries(positions) if tail is None else tail.next_rotaries()
         x = self._split_rows(self._embed(tokens))
         if cache is None and prefix is None and self.stacked:
             x, kept = self._scan(x, rotaries, start, remat=remat)
@@ -120,7 +121,7 @@ class Transformer(nnx.Module):
                     lambda i: self._cached(i, start, columns, cache, before.layer(i)[1]),
                 )
         written = KVCache(tuple(layers), end + tokens.shape[1])
-        return self.final_norm(x), tail._replace(recent=written) if tail else written
+        return self.final_norm(x), written if tail is None else tail._replace(recent=written)
 
     def tail(
         self, cache: KVCache, start: Int[Array, "B"], offset: Int[Array, "B"], places: int
@@ -177,24 +178,18 @@ class Transformer(nnx.Module):
         cache: KVCache | Tail,
         before: Sequence[Seen],
     ) -> Attend:
-        if isinstance(cache, Tail):
-            past, cache = cache.past, cache.recent
-            stored = past.layers[layer]
-            written = cache_lib.columns(stored.keys.shape[2], past.end)
-            mask = attention.visible(start, columns, written, self.config.window(layer))
-            before = [*before, Seen(stored, mask)]
-            start = jnp.maximum(start, past.end)
+        window = self.config.window(layer)
+        past, ring = (cache.past, cache.recent) if isinstance(cache, Tail) else (None, cache)
+        own = start if past is None else jnp.maximum(start, past.end)
 
         def attend(query: Array, new: Stored) -> tuple[Array, Stored]:
+            seen = list(before)
+            if past is not None:
+                # Tied to the query: else int8 entries of all layers are widened ahead of the loop.
+                tied = jax.lax.optimization_barrier((past.layers[layer], query))[0]
+                seen.append(_past(tied, past.end, start, columns, window))
             return attention.attend_cached(
-                query,
-                new,
-                cache.layers[layer],
-                start,
-                cache.end,
-                self.config.window(layer),
-                before,
-                self.config,
+                query, new, ring.layers[layer], own, ring.end, window, seen, self.config
             )
 
         return attend
@@ -239,7 +234,7 @@ class Transformer(nnx.Module):
 
 
 def vocabulary_axis(config: ModelConfig, *, stacked: bool = True) -> int:
-    """0 for a `head_kernel` [V, D], 1 for one [D, V]."""
+    """0 for a `head_kernel` [V, D], 1 for one [D, V]: not tied, and layers stacked."""
     return 1 if stacked and not config.tie_embeddings else 0
 
 
@@ -283,6 +278,18 @@ def _rows_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
 
 
 rows_of.defvjp(_rows_forward, _rows_backward)
+
+
+def _past(
+    stored: Stored,
+    end: Int[Array, ""],
+    start: Int[Array, "B 1|T"],
+    columns: Int[Array, "T"],
+    window: int | None,
+) -> Seen:
+    """What queries at `columns` see of a cache that ends before them."""
+    places = cache_lib.columns(stored.keys.shape[2], end)
+    return Seen(stored, attention.visible(start, columns, places, window))
 
 
 def _positions(

@@ -32,6 +32,7 @@ def of_targets(
     the vocabulary (all of it at once where it has no divisor), in both directions: peak memory
     grows with neither.
     """
+    assert model.stacked or model.config.tie_embeddings, "unstacked, the head lies the other way"
     batch, length, dim = hidden.shape
     columns = max(_POSITIONS * model.row_parts(batch) // batch, 1)
     columns = -(-length // -(-length // columns))  # of equal pieces, little is padding

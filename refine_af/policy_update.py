@@ -70,6 +70,13 @@ def schedule(options: config_lib.Ppo, num_rollouts: int) -> optax.Schedule:
     return optax.join_schedules([rise, decay[options.schedule]], [warmup])
 
 
+def learning_rate(state: TrainState, options: config_lib.Ppo) -> Float[Array, ""]:
+    """Of the policy's next step."""
+    counts = [count for _, count in optax.tree.get_all_with_path(state.opt_state, "count")]
+    rate = schedule(options, options.num_steps - options.critic_warmup)
+    return jnp.asarray(rate(functools.reduce(jnp.minimum, counts or [state.step])), jnp.float32)
+
+
 def new_state(config: config_lib.Experiment, base: BaseModel) -> TrainState:
     """State of a run before the first step."""
     params = policy_lib.Policy(base, config.ppo).new_params(config.seed)
@@ -174,7 +181,7 @@ def make_update(
     def update(
         base: Params, state: TrainState, rows: Rollout, reading: Reading, key: Array
     ) -> tuple[TrainState, Metrics]:
-        batch_size = rows.score.shape[0]
+        batch_size, first_rate = rows.score.shape[0], learning_rate(state, options)
         state = state._replace(scores=state.scores.add(rows.score))
         advantages, returns = estimate(rows, reading, state, options)
         numbers = reading.logprobs, reading.values, advantages, returns
@@ -190,6 +197,7 @@ def make_update(
         (state, _), history = jax.lax.scan(run, (state, jnp.zeros((), bool)), order)
         kl = jnp.sum(ppo.kl_k1(reading.logprobs, reading.ref_logprobs) * rows.mask) / batch_size
         metrics = _summary(history, rows, reading, kl_coef(state, options), kl)
+        metrics["ppo/learning_rate"] = first_rate
         if options.estimator == "gae":
             explained = ppo.explained_variance(reading.values, returns, rows.mask)
             metrics["ppo/explained_variance"] = explained

@@ -1,6 +1,7 @@
 """What stage 2 writes down at each step, and where it tells people of it."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from absl import logging
 
 from refine_af import alarms, records, tracking
 from refine_af.config import Experiment
+from refine_af.progress import bar
 from refine_af.records import Row
 from refine_af.tracking import Tracker
 
@@ -42,7 +44,8 @@ class Log:
         self._history = alarms.window([*self._history, {"step": step, **figures}])
         found = alarms.check(self._history, self._config.ppo)
         for line in found:
-            logging.warning("ppo step %d: %s", step, line)
+            with bar.external_write_mode(file=sys.stderr):  # on a line of its own
+                logging.warning("ppo step %d: %s", step, line)
         alarmed = [{"step": step, "alarm": line} for line in found]
         records.append_rows(self._workdir / ALARMS, alarmed)
         records.append_rows(self._workdir / ROLLOUTS, rows)

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -24,7 +25,7 @@ from updates import (
     update,
 )
 
-from refine_af import policy_update, rollout
+from refine_af import policy_update, rollout, training
 from refine_af.config import Ppo
 from refine_af.policy import Policy
 
@@ -147,3 +148,26 @@ def test_moments_of_large_matrices_are_rows_and_columns() -> None:
     state = jax.eval_shape(policy_update.optimizer(options).init, weights)
     shapes = {x.shape for x in jax.tree.leaves(state)}
     assert {(4096,), (512,)} <= shapes and (4096, 512) not in shapes
+
+
+@pytest.mark.parametrize("warmup", [0, 1])
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
+def test_the_learning_rate_that_is_shown_is_the_policy_s(optimizer: str, warmup: int) -> None:
+    """It rises by a quarter with each of its steps; none is taken in a critic's warm-up."""
+    options = dataclasses.replace(
+        ONE_STEP,
+        num_steps=8,
+        optimizer=optimizer,
+        learning_rate=8.0,
+        warmup_steps=3,
+        critic_warmup=warmup,
+    )
+    params = {"policy": {"a": jnp.ones(2)}, "value_head": {"b": jnp.ones(2)}}
+    tx = policy_update.optimizer(options)
+    state, found = training.new_state(params, tx, 0.0), []
+    for step in range(warmup + 3):
+        found.append(float(policy_update.learning_rate(state, options)))
+        learns = {"policy_learns": jnp.asarray(step >= warmup)} if warmup else {}
+        state = training.guarded_step(tx, state, params, **learns)[0]
+        state = state._replace(step=state.step + 1)
+    assert found == [2.0] * warmup + [2.0, 4.0, 6.0]
