@@ -43,6 +43,9 @@ def _alone() -> bool:
 def main() -> None:
     """The stage of a run, or an evaluation by itself."""
     if not _alone():
+        given = [flag.name for flag in (_MODEL, _PREDICTIONS, _OUTPUT) if flag.value]
+        if given:
+            raise ValueError(f"--{given[0]} and --config exclude each other: a run has its own")
         _stages.run(["evaluate"], *_WORKDIR)
         return
     if (_MODEL.value is None) == (_PREDICTIONS.value is None):

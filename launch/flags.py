@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import dis
 import importlib.util
+import operator
 import os
 import re
 import shlex
@@ -94,7 +95,10 @@ def parse_with_config(argv: Sequence[str]) -> list[str]:
     values = ConfigDict(dataclasses.asdict(load_config(name)))
     _check_fields(rest, values)
     config_flags.DEFINE_config_dict("config", values, _CONFIG_HELP, sys_argv=rest)
-    left = _parse(rest)
+    try:
+        left = _parse(rest)
+    except flags.IllegalFlagValueError as error:
+        raise ValueError(_with_kind(str(error), values)) from None
     _PARSED.append(from_dict(Experiment, flags.FLAGS.config.to_dict()))
     return left
 
@@ -157,6 +161,15 @@ def _check_fields(argv: Sequence[str], values: ConfigDict) -> None:
         near = near or [f for f in fields if f.rsplit(".")[-1] == path.rsplit(".")[-1]]
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise ValueError(f"--config.{path}: no such field{hint}")
+
+
+def _with_kind(error: str, values: ConfigDict) -> str:
+    """A refused override as it was given, and what its field expects instead of Python's reason."""
+    reason = r"(?:invalid literal|could not convert|\('Non-boolean)"
+    match = re.match(rf"flag (--config\.([^=]*)=.*): {reason}", error, re.DOTALL)
+    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
+    kind = kinds.get(type(operator.attrgetter(match[2])(values))) if match else None
+    return f"{match[1]}: expected {kind}" if match and kind else error
 
 
 def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:

@@ -26,6 +26,7 @@ from refine_af import (
     instances,
     instructions,
     memory,
+    mesh,
     oracles,
     other_sets,
     ppo_evaluation,
@@ -162,7 +163,8 @@ class Run:
         """Find what the named stages need without reading a model: a run is old when it is needed.
 
         Raises:
-            ValueError: the oracle, a tracker or another set that the config names cannot be found.
+            ValueError: the oracle, a tracker or another set that the config names cannot be found,
+                or its mesh is not that of these devices.
         """
         trains = REFINE_AF in self.arms and {"generate_instructions", "train_ppo"} & {*names}
         writes = {"generate_instructions", "train_ppo", "generate_instances"} & {*names}
@@ -173,6 +175,7 @@ class Run:
         if REFINE_AF in self.arms and "train_ppo" in names:
             tracking.check(self.config.ppo)
         if writes and pending:
+            mesh.make_mesh(self.config.mesh)
             processes.once(lambda: other_sets.check(self.config.dataset))
 
 

@@ -49,9 +49,14 @@ pytestmark = pytest.mark.usefixtures("only_its_own_flags")
         ),
         (
             "--config.ppo.num_steps=abc",
-            "flag --config.ppo.num_steps=abc: invalid literal for int() with base 10: 'abc'",
+            "--config.ppo.num_steps=abc: expected a whole number",
         ),
         ("--config.ppo.num_steps=0", "ppo.num_steps=0: expected at least 1"),
+        (
+            "--config.mesh=data:3",
+            "mesh data=3 fsdp=1 tensor=1: the product must be the number of devices, "
+            f"{jax.device_count()}; give one axis as -1 to take the rest",
+        ),
         ("--config=tinny", f"--config=tinny: {NOT_FOUND}; did you mean tiny?"),
         ("--config=x/y.py", f"--config=x/y.py: {NOT_FOUND}"),
         ("--wrkdir=x", UNKNOWN_FLAG),
@@ -428,6 +433,8 @@ def test_evaluate_refuses_predictions_of_other_tasks_and_with_a_model(
     assert program("evaluate", f"--tasks={tasks}", *files) == refused(message)
     message = "give --config and --workdir, or --model, or --predictions"
     assert program("evaluate", "--model=random:tiny", *files) == refused(message)
+    message = "--predictions and --config exclude each other: a run has its own"
+    assert program("evaluate", "--config=tiny", *files) == refused(message)
 
 
 @pytest.mark.slow
