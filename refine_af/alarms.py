@@ -28,9 +28,10 @@ _MAX_REPETITION = 0.3  # answers of SmolLM2-135M, before and after PPO: below .0
 _MAX_GROWTH = 2.0
 _LEAST_SHARE = 0.5
 _MAX_DRIFT = 1.0  # nats; the demo in bfloat16 has .3 to .55 over some thousand tokens a step
+_MAX_GRADIENT = 1e3  # norm before clipping
 # What alarms look at.
 _METRICS = (
-    *("kl/k1", "kl/k3", "ppo/entropy", "drift/logprob_max", "repetition"),
+    *("kl/k1", "kl/k3", "ppo/entropy", "ppo/grad_norm", "drift/logprob_max", "repetition"),
     *("reward/std", "reward/parsed_share", "length/mean", "length/eos_rate"),
 )
 
@@ -138,6 +139,11 @@ _ALARMS = (
         "negative KL",
         _negative_kl,
         "sampler and trainer disagree: set ppo.sampling.top_p to 1, top_k to 0, no penalties",
+    ),
+    _Alarm(
+        "exploding gradient",
+        _is("above", "ppo/grad_norm", _MAX_GRADIENT),
+        "lower ppo.learning_rate in another workdir; set ppo.scale_scores for large rewards",
     ),
     _Alarm(
         "entropy collapse",

@@ -129,5 +129,6 @@ def check_skipped(
     fault = f"; not finite: {', '.join(found)}" if found else ""
     raise ValueError(
         f"{where}: {skipped} steps in a row had a gradient that is not finite (limit {limit})"
-        f"{fault}; lower the learning rate or use float32"
+        f"{fault}; lower the learning rate or use float32, in another workdir: the weights of this "
+        "one may be ruined"
     )

@@ -16,6 +16,7 @@ SOUND = {
     "kl/k1": 5.0,
     "kl/k3": 5.0,
     "ppo/entropy": 2.0,
+    "ppo/grad_norm": 3.0,
     "reward/std": 0.5,
     "reward/parsed_share": 0.9,
     "length/mean": 40.0,
@@ -68,6 +69,13 @@ def spoken(rows: list[dict[str, float]]) -> dict[int, list[str]]:
             "negative KL",
             "kl/k1 is -1.6, further below 0 than noise of 1.5 (kl/k3 4)",
             "ppo.sampling.top_p to 1, top_k to 0",
+        ),
+        (
+            {"ppo_grad_norm": [3, 999, 1001, 4e6]},
+            2,
+            "exploding gradient",
+            "ppo/grad_norm is 1e+03, above 1000",
+            "lower ppo.learning_rate",
         ),
         (
             {"ppo_entropy": [1, 2, 3, 1, 0.21, 0.19, 0.1]},  # a tenth of the mean, 2
