@@ -15,8 +15,9 @@ _WORKDIR = absl_flags.DEFINE_string("workdir", None, "Directory of the run.")
 _COMPARE = absl_flags.DEFINE_list(
     "compare",
     None,
-    "Runs [NAME=]DIR[:ARM], a baseline before what is held against it. DIR has an evaluation.json: "
-    "a workdir, or an --output of evaluate. Without ARM, the run's last.",
+    "Runs [NAME=]DIR[:ARM][+DIR[:ARM]...], a baseline before what is held against it. DIR has an "
+    "evaluation.json: a workdir, or an --output of evaluate. Without ARM, the run's last. With + "
+    "the mean of several, as of seeds.",
 )
 _OUTPUT = absl_flags.DEFINE_string("output", None, "Directory for the comparison.")
 _SEED = absl_flags.DEFINE_integer("seed", 0, "Of the comparison's bootstrap.", lower_bound=0)

@@ -9,14 +9,15 @@ run. Intervals are percentile bootstraps of a mean (`scipy.stats.bootstrap`; Efr
     of a category    its instances are drawn again, each with its gain: how sure it is for these
     of a task        tasks, had they other instances
 
-Every interval draws from the same seed anew.
+Every interval draws from the same seed anew. Several seeds of one training may stand for one run,
+by the means of their scores.
 """
 
+import dataclasses
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ Scores = Mapping[str, Any]  # what `superni.score` returns
 TaskScores = Mapping[str, float]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Run:
     """One evaluated model."""
 
@@ -47,32 +48,83 @@ class Run:
 
 
 def open_run(text: str) -> Run:
-    """Read a run from the `evaluation.json` of a directory.
+    """Read a run from the `evaluation.json` of a directory, or the mean of several runs.
 
     Args:
-        text: `[NAME=]DIR[:ARM]`. Without an arm, the only one or else the last of `TITLES` that is
-            there; without a name, the directory and the arm as given.
+        text: `[NAME=]DIR[:ARM][+DIR[:ARM]...]`. Without an arm, the only one or else the last of
+            `TITLES` that is there; without a name, the directory and the arm as given.
 
     Raises:
-        ValueError: there is no such file or arm, or it is not as `evaluate` writes it.
+        ValueError: there is no such file or arm, it is not as `evaluate` writes it, or the runs
+            are of different tasks or instances.
     """
     name, place = "", text
     if not Path(place).expanduser().is_dir() and "=" in text:
         name, _, place = text.partition("=")
+    whole = Path(place).expanduser().is_dir() or _folder_and_arm(place)[0].is_dir()
+    runs = [_open(part) for part in ([place] if whole else place.split("+"))]
+    return dataclasses.replace(_mean(runs), name=name or place)
+
+
+def _folder_and_arm(place: str) -> tuple[Path, str]:
     directory, arm = Path(place).expanduser(), ""
     if not directory.is_dir() and ":" in place:
         folder, _, arm = place.rpartition(":")
         directory = Path(folder).expanduser()
+    return directory, arm
+
+
+def _open(place: str) -> Run:
+    directory, arm = _folder_and_arm(place)
     path = directory / _SCORES
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected [NAME=]DIR[:ARM] of an evaluated run")
+        raise ValueError(
+            f"{path}: no such file; expected [NAME=]DIR[:ARM][+DIR[:ARM]...] of evaluated runs"
+        )
     content = records.read_json(path)
     runs = runs_of(content, str(path))
     arm = arm or next((known for known in reversed(TITLES) if known in runs), "")
     arm = next(iter(runs)) if len(runs) == 1 and not arm else arm
     if arm not in runs:
         raise ValueError(f"{path}: has the arms {list(runs)}; expected DIR:ARM with one of them")
-    return Run(name or place, str(path), runs[arm].scores, runs[arm].instances)
+    return runs[arm]
+
+
+def _mean(runs: Sequence[Run]) -> Run:
+    """Seeds of one training as one run: every score is the mean of theirs (4 decimals)."""
+    if len(runs) == 1:
+        return runs[0]
+    first = runs[0]
+    for run in runs[1:]:
+        _check_pair(first, run)
+
+    def of(part: str) -> dict[str, Any]:
+        names = first.scores[part]
+        return {name: _mean_row([run.scores[part][name] for run in runs]) for name in names}
+
+    return Run(
+        first.name,
+        ", ".join(run.where for run in runs),
+        {
+            "all": _mean_row([run.scores["all"] for run in runs]),
+            "tasks": of("tasks"),
+            "categories": of("categories"),
+        },
+        {
+            task: {id: _mean_of([run.instances[task][id] for run in runs]) for id in ids}
+            for task, ids in first.instances.items()
+            if all(task in run.instances for run in runs)
+        },
+    )
+
+
+def _mean_row(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    means = {key: _mean_of([row[key] for row in rows]) for key in ("exact_match", "rougeL")}
+    return {**rows[0], **means}
+
+
+def _mean_of(values: Sequence[float]) -> float:
+    return round(math.fsum(values) / len(values), 4)
 
 
 def runs_of(content: Mapping[str, Any], where: str) -> dict[str, Run]:

@@ -201,8 +201,24 @@ def test_a_run_is_named_by_directory_arm_and_name(tmp_path: Path) -> None:
     assert comparison.open_run(f"mine={plain}:anything").instances == singles(BEFORE)
 
 
+def test_several_seeds_stand_for_one_run_by_their_means(tmp_path: Path) -> None:
+    plus = write_run(tmp_path / "a+b", base=BEFORE)
+    assert comparison.open_run(f"{plus}:base").scores["all"] == arm_of(BEFORE, CATEGORIES)["all"]
+    one = write_run(tmp_path / "one", base=BEFORE)
+    two = write_run(tmp_path / "two", base=AFTER, refine_af=BEFORE)
+    found = comparison.open_run(f"seeds={one}+{two}:base")
+    middle = {"sums": [15.0, 25.0, 35.0], "products": [50.0, 50.0], "rhymes": [20.0, 60.0]}
+    assert (found.name, found.instances) == ("seeds", singles(middle))
+    assert found.scores == arm_of(middle, CATEGORIES)
+    assert found.where == f"{one / 'evaluation.json'}, {two / 'evaluation.json'}"
+    assert comparison.open_run(f"{one}+{two}:base").name == f"{one}+{two}:base"
+    other = write_run(tmp_path / "other", base={"sums": BEFORE["sums"]})
+    with pytest.raises(ValueError, match=r"only one has scores of the task 'products'"):
+        comparison.open_run(f"{one}+{other}")
+
+
 def test_what_is_no_run(tmp_path: Path) -> None:
-    missing = f"{tmp_path / 'evaluation.json'}: no such file; expected [NAME=]DIR[:ARM] of an"
+    missing = f"{tmp_path / 'evaluation.json'}: no such file; expected [NAME=]DIR[:ARM][+DIR"
     with pytest.raises(ValueError, match=re.escape(missing)):
         comparison.open_run(str(tmp_path))
     folder = write_run(tmp_path / "a", x=BEFORE, y=AFTER)
