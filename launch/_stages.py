@@ -17,11 +17,12 @@ def run(
     workdir: "FlagHolder[str | None]",
     force: "FlagHolder[bool]",
     arms: Sequence[str] = (REFINE_AF,),
+    profile_steps: int = 0,
 ) -> pipeline.Run:
     """Run the named stages one after another in `--workdir`, each for all `arms`."""
     directory = Path(flags.require(workdir)).expanduser()
     config = flags.experiment()
-    job = pipeline.Run(config, directory, arms)
+    job = pipeline.Run(config, directory, arms, profile_steps)
     job.check(names)
     pipeline.claim(config, directory, force=force.value)
     for name in names:
@@ -41,6 +42,17 @@ def arms_flag() -> "FlagHolder[list[str]]":
         "arms",
         [REFINE_AF],
         "Arms of the run: refine_af, the method, and self_instruct, the same without PPO.",
+    )
+
+
+def profile_flag() -> "FlagHolder[int]":
+    """`--profile_steps`, for programs that train."""
+    return absl_flags.DEFINE_integer(
+        "profile_steps",
+        0,
+        "Training steps to trace, behind the first two of this start: ppo/profile and sft/profile "
+        "in the workdir, for XProf (TensorBoard) and Perfetto.",
+        lower_bound=0,
     )
 
 

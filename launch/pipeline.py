@@ -5,11 +5,12 @@ from refine_af.launch import _stages, flags
 
 _WORKDIR = flags.workdir_flags()
 _ARMS = _stages.arms_flag()
+_PROFILE = _stages.profile_flag()
 
 
 def main() -> None:
     """Run what is not done yet."""
-    _stages.run(list(pipeline.STAGES), *_WORKDIR, _stages.chosen(_ARMS))
+    _stages.run(list(pipeline.STAGES), *_WORKDIR, _stages.chosen(_ARMS), _PROFILE.value)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from refine_af.launch import _stages, flags
 
 _WORKDIR = flags.workdir_flags()
+_PROFILE = _stages.profile_flag()
 
 
 def main() -> None:
     """Run the stage in the workdir."""
-    _stages.run(["train_ppo"], *_WORKDIR)
+    _stages.run(["train_ppo"], *_WORKDIR, profile_steps=_PROFILE.value)
 
 
 if __name__ == "__main__":

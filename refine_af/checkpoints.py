@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from refine_af import interruptions, records
 from refine_af.models import processes, writing
 from refine_af.models.one_line import one_line
+from refine_af.profiling import Profile
 from refine_af.progress import bar
 
 T = TypeVar("T")
@@ -139,6 +140,7 @@ def advance(
     resumable: Callable[[int], bool] = lambda _: True,
     config: str,
     progress: bar,
+    profile: Profile,
 ) -> T:
     """State after `steps`; a signal ends them with the newest state saved.
 
@@ -149,11 +151,12 @@ def advance(
         due: whether a checkpoint is due after so many steps; it always is after the last one.
         resumable: whether the state after so many steps is all that the next one needs.
         config: hash of the config.
+        profile: which steps are traced.
     """
     newest = steps.start, state
     try:
-        with interruptions.shared():
-            for step in steps:
+        with interruptions.shared(), closing(profile.over(steps)) as traced:
+            for step in traced:
                 prepared = prepare(step, state)
                 with interruptions.held():
                     state, shown = learn(step, state, prepared)

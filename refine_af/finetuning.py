@@ -23,6 +23,7 @@ from refine_af.models import convert, lora, sources
 from refine_af.models.transformer import Definition, Params
 from refine_af.models.weights import TreeWeights
 from refine_af.packing import Answered
+from refine_af.profiling import Profile
 from refine_af.progress import bar
 from refine_af.randomness import generator, key_of
 from refine_af.records import Row
@@ -34,6 +35,7 @@ CHECKPOINTS = "sft/checkpoints"
 METRICS = "sft/metrics.jsonl"
 ADAPTER = "sft/adapter"  # in PEFT's format
 EXPORT = "sft/hf"
+PROFILE = "sft/profile"
 
 
 def response_loss(
@@ -94,6 +96,7 @@ class FinetuningStage:
     base: BaseModel
     rows: Sequence[Row]  # of instances.jsonl
     workdir: Path
+    profile_steps: int = 0  # to trace
 
     def run(self) -> None:
         """Train, and export the merged model as a Hugging Face directory.
@@ -182,6 +185,7 @@ class FinetuningStage:
                 ),
                 config=config_hash(self.config),
                 progress=progress,
+                profile=Profile(self.workdir / PROFILE, self.profile_steps),
             )
 
     @functools.cached_property

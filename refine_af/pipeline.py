@@ -129,6 +129,7 @@ class Run:
     config: Experiment
     workdir: Path
     arms: Sequence[str] = (REFINE_AF,)  # of ARMS
+    profile_steps: int = 0  # of PPO and of each fine-tuning, to trace
 
     @functools.cached_property
     def seeds(self) -> list[SeedTask]:
@@ -202,7 +203,8 @@ def train_ppo(run: Run) -> bool:
     texts = [row["instruction"] for row in rows]
     oracle = run.oracle(run.workdir / rlaf.SCORES)
     parts = ppo_evaluation.split(texts, run.config.ppo.num_eval_prompts, run.config.seed)
-    RlafStage(run.config, run.base, oracle, run.seeds, *parts, run.workdir).run()
+    shared = run.config, run.base, oracle, run.seeds
+    RlafStage(*shared, *parts, run.workdir, run.profile_steps).run()
     return True
 
 
@@ -251,7 +253,7 @@ def _finetune(run: Run, target: Path) -> bool:
     rows = dataset.read(target)
     if finetuning.finished(target):
         return False
-    FinetuningStage(run.config, run.base, rows, target).run()
+    FinetuningStage(run.config, run.base, rows, target, run.profile_steps).run()
     return True
 
 

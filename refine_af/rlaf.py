@@ -35,6 +35,7 @@ from refine_af.models.transformer import Params
 from refine_af.policy import Policy
 from refine_af.ppo_prompts import Batch, Prompter
 from refine_af.ppo_records import Log
+from refine_af.profiling import Profile
 from refine_af.progress import bar
 from refine_af.requests import Completion
 from refine_af.rollout import Reading, Rollout
@@ -42,6 +43,7 @@ from refine_af.seeds import SeedTask
 from refine_af.training import TrainState
 
 CHECKPOINTS = "ppo/checkpoints"
+PROFILE = "ppo/profile"
 SCORES = "ppo/scores.sqlite"  # what the oracle has said of answers
 
 
@@ -75,6 +77,7 @@ class RlafStage:
     instructions: Sequence[str]  # to train on
     held_out: Sequence[str]
     workdir: Path
+    profile_steps: int = 0  # to trace
 
     def run(self) -> None:
         """Take all steps that are not done yet; state, metrics and answers go to the workdir."""
@@ -177,6 +180,7 @@ class RlafStage:
                 resumable=lambda done: not self._samples_ahead(done),
                 config=config_hash(self.config),
                 progress=progress,
+                profile=Profile(self.workdir / PROFILE, self.profile_steps),
             )
 
     def _samples_ahead(self, step: int) -> bool:

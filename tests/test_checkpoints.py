@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from refine_af import checkpoints, interruptions, mesh, training
 from refine_af.config import Mesh
+from refine_af.profiling import Profile
 from refine_af.progress import bar
 from refine_af.training import TrainState
 
@@ -310,6 +311,7 @@ def take_steps(
             resumable=resumable,
             config="",
             progress=progress,
+            profile=Profile(directory / "profile", 0),
         )
     return taken
 

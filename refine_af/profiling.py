@@ -1,0 +1,43 @@
+"""Traces of training steps, for XProf (TensorBoard's profile tab) and Perfetto."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+_FIRST = 2  # the first steps of a start compile
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What to trace: so many steps of a start, behind its first two.
+
+    Attributes:
+        folder: `plugins/profile/DATE/` in it gets `HOST.xplane.pb` and `perfetto_trace.json.gz`.
+        num_steps: 0 for none.
+    """
+
+    folder: Path
+    num_steps: int
+
+    def over(self, steps: range) -> Iterator[int]:
+        """The same steps; those to trace run inside a trace, which ends when they are left, too."""
+        first = steps[_FIRST : _FIRST + self.num_steps]
+        with ExitStack() as stack:
+            for step in steps:
+                if first and step == first[0]:
+                    stack.enter_context(_trace(self.folder))
+                with jax.profiler.StepTraceAnnotation("step", step_num=step):
+                    yield step
+                if first and step == first[-1]:
+                    stack.close()
+
+
+@contextmanager
+def _trace(folder: Path) -> Iterator[None]:
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # every call of every function makes files that nothing opens
+    with jax.profiler.trace(folder, create_perfetto_trace=True, profiler_options=options):
+        yield
