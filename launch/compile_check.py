@@ -10,7 +10,7 @@ import sys
 from absl import flags as absl_flags
 
 from refine_af import compilation
-from refine_af.compilation import GIB, Figures
+from refine_af.compilation import GIB, Figures, TooLargeError
 from refine_af.launch import flags
 
 _TOPOLOGY = absl_flags.DEFINE_string("topology", "local", "TPU slice, or local.")
@@ -37,9 +37,14 @@ def main() -> None:
     fits = True
     for kind in _PROGRAM.value:
         for program in run.programs(kind):
-            figures = compilation.compiled(program, run.base)
-            _show(figures)
-            fits &= figures.fits
+            try:
+                figures = compilation.compiled(program, run.base)
+            except TooLargeError as error:
+                print(f"{program.name}: does not fit: {error}; {compilation.remedy(program.name)}")
+                fits = False
+            else:
+                _show(figures)
+                fits &= figures.fits
     if not fits:
         sys.exit(1)
 
@@ -66,7 +71,7 @@ def _show(figures: Figures) -> None:
     for warning in figures.warnings:
         print(f"  warning: {warning}")
     if not figures.fits:
-        print(f"  does not fit: {compilation.remedy(figures)}")
+        print(f"  does not fit: {compilation.shortage(figures)}")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 Axis letters as in `layers`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
 from refine_af.models import cache, kernels
@@ -157,20 +159,29 @@ def scale(config: ModelConfig) -> float:
     return (config.query_pre_attn_scalar or config.head_dim) ** -0.5
 
 
-def kernel_for(config: ModelConfig, length: int) -> kernels.Kernel | None:
-    """Fused kernel for whole sequences of `length` columns on this device; None: `attend`.
+def kernel_for(
+    config: ModelConfig, num_rows: int, length: int, layout: NamedSharding | None = None
+) -> kernels.Kernel | None:
+    """Fused kernel for `num_rows` whole sequences of `length` columns; None: `attend`.
+
+    Args:
+        layout: of [B, N, T, H] over the devices; None: one device, or as the compiler likes.
 
     Raises:
         ValueError: a kernel was asked for by name and cannot compute this.
     """
     name = config.attention_kernel
     if name == "auto":
-        name = {"gpu": "cudnn", "tpu": "splash"}.get(jax.default_backend(), "xla")
+        devices = jax.devices() if layout is None else layout.mesh.devices.flat
+        name = {"gpu": "cudnn", "tpu": "splash"}.get(devices[0].platform, "xla")
     if name == "xla":
         return None
-    obstacle = kernels.obstacle(name, config, length)
+    obstacle = kernels.obstacle(name, config, num_rows, length, layout)
     if obstacle is None:
-        return kernels.KERNELS[name]
+        kernel = kernels.KERNELS[name]
+        if name == "cudnn" or layout is None:  # JAX splits cuDNN's by itself
+            return kernel
+        return functools.partial(kernels.over_devices, kernel, layout)
     if config.attention_kernel == "auto":
         return None
     raise ValueError(f"attention_kernel={name!r}: {obstacle}")

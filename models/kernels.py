@@ -5,12 +5,14 @@ the scores. Axis letters as in `layers`.
 """
 
 import functools
+import math
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from refine_af.models.config import ModelConfig
@@ -35,8 +37,15 @@ class Kernel(Protocol):
         """Causal; columns before a query's `start` are hidden, and those `window` or more back."""
 
 
-def obstacle(name: str, config: ModelConfig, length: int) -> str | None:
-    """What keeps a kernel from computing this model's attention; None when nothing does."""
+def obstacle(
+    name: str, config: ModelConfig, num_rows: int, length: int, layout: NamedSharding | None
+) -> str | None:
+    """What keeps a kernel from computing this model's attention; None when nothing does.
+
+    Args:
+        num_rows, length: of the batch.
+        layout: of [B, N, T, H] over the devices; None: as the compiler likes.
+    """
     if name == "cudnn":
         if config.dtype not in ("bfloat16", "float16"):
             return f"cuDNN needs bfloat16 or float16, not {config.dtype}"
@@ -49,9 +58,43 @@ def obstacle(name: str, config: ModelConfig, length: int) -> str | None:
         return None
     if length % _LANES:
         return f"splash attention needs a length that is a multiple of {_LANES}, not {length}"
-    if jax.device_count() > 1:
-        return "splash attention is not partitioned over devices yet"
+    if layout is None:
+        return "splash attention needs a layout over devices" if jax.device_count() > 1 else None
+    for what, size, axes in zip(
+        ("rows", "kv heads"), (num_rows, config.num_kv_heads), layout.spec, strict=True
+    ):
+        if size % _num_parts(layout, axes):
+            return f"{size} {what} do not divide among {_num_parts(layout, axes)} devices"
     return None
+
+
+def _num_parts(layout: NamedSharding, axes: str | tuple[str, ...]) -> int:
+    names = (axes,) if isinstance(axes, str) else axes
+    return math.prod(layout.mesh.shape[name] for name in names)
+
+
+def over_devices(
+    kernel: Kernel,
+    layout: NamedSharding,
+    query: Float[Array, "B N T H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    start: Int[Array, "B 1|T"],
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B N T H"]:
+    """A kernel that the compiler cannot split, on each device's rows and heads."""
+    split, rows = layout.spec, PartitionSpec(layout.spec[0])
+    mixed: Array = jax.shard_map(
+        functools.partial(kernel, window=window, scale=scale, softcap=softcap),
+        mesh=layout.mesh,
+        in_specs=(split, split, split, rows),
+        out_specs=split,
+        check_vma=False,  # a kernel's outputs do not say over what they vary
+    )(query, keys, values, start)
+    return mixed
 
 
 def cudnn(

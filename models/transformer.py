@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from refine_af.models import attention, rotary
@@ -50,7 +50,7 @@ class Transformer(nnx.Module):
         table = (config.vocab_size, config.embed_dim)
         self.config = config
         self.stacked = stacked
-        self.rows: NamedSharding | None = None  # see `Definition`
+        self.layout: NamedSharding | None = None  # see `Definition`
         self.embedding = nnx.Param(init(rngs.params(), table, param_dtype), axes=("vocab", "embed"))
         if stacked:
             make = nnx.vmap(lambda r: Block(config, lora=lora, rngs=r))
@@ -112,7 +112,7 @@ class Transformer(nnx.Module):
             assert not self.stacked, "decoding needs unstacked layers"
             before = _Before(self.config, prefix, positions, offset)
             if cache is None:
-                whole = _Whole(self.config, start, tokens.shape[1])
+                whole = _Whole(self, start, tokens.shape[1])
                 x, layers = self._unrolled(x, rotaries, lambda i: whole.attend(*before.layer(i)))
             else:
                 x, layers = self._unrolled(
@@ -144,14 +144,16 @@ class Transformer(nnx.Module):
 
         Left alone, the compiler may rather gather the batch than the weights.
         """
-        split = self.row_parts(x.shape[0]) > 1
-        return jax.lax.with_sharding_constraint(x, self.rows) if split else x
+        if self.layout is None or self.row_parts(x.shape[0]) == 1:
+            return x
+        rows = NamedSharding(self.layout.mesh, PartitionSpec(self.layout.spec[0]))
+        return jax.lax.with_sharding_constraint(x, rows)
 
     def row_parts(self, num_rows: int) -> int:
         """Parts that so many rows are split into over the devices; 1 where these do not divide."""
-        if self.rows is None:
+        if self.layout is None:
             return 1
-        parts = math.prod(self.rows.mesh.shape[axis] for axis in self.rows.spec[0])
+        parts = math.prod(self.layout.mesh.shape[axis] for axis in self.layout.spec[0])
         return 1 if num_rows % parts else parts
 
     def _rotaries(self, positions: Int[Array, "B T"]) -> tuple[Rotary, Rotary]:
@@ -199,7 +201,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Array, Stored]:
         definition, stacked = nnx.split(self.layers)
         kinds = self.kinds
-        whole = _Whole(self.config, start, x.shape[1])
+        whole = _Whole(self, start, x.shape[1])
 
         def layer(x: Array, scanned: tuple[nnx.State, Array]) -> tuple[Array, Stored]:
             params, flag = scanned
@@ -340,14 +342,14 @@ class _Before:
 class _Whole:
     """Attention of whole sequences among their own columns, for both kinds of layers."""
 
-    def __init__(self, config: ModelConfig, start: Int[Array, "B 1|T"], length: int) -> None:
-        self.config = config
+    def __init__(self, model: Transformer, start: Int[Array, "B 1|T"], length: int) -> None:
+        self.config = model.config
         self.start = start
-        self.kernel = attention.kernel_for(config, length)
+        self.kernel = attention.kernel_for(self.config, len(start), length, model.layout)
         columns = jnp.arange(length, dtype=jnp.int32)
         self.masks = [
             attention.visible(start, columns, columns, window)
-            for window in (None, config.sliding_window)
+            for window in (None, self.config.sliding_window)
         ]
 
     def attend(self, is_global: bool | Bool[Array, ""], before: Sequence[Seen] = ()) -> Attend:
@@ -377,13 +379,14 @@ class Definition:
     """The static half of a split `Transformer`: hashable, to be closed over by jitted code.
 
     Attributes:
-        rows: layout of the residual stream [B, T, D], split along B; None: as the compiler likes.
+        layout: of queries [B, N, T, H] over the devices: mesh axes of B and of N. The residual
+            stream [B, T, D] is split along B alike. None: as the compiler likes.
     """
 
     graph: nnx.GraphDef
     config: ModelConfig
     lora: LoraConfig | None
-    rows: NamedSharding | None = None
+    layout: NamedSharding | None = None
 
 
 def _build(config: ModelConfig, lora: LoraConfig | None, stacked: bool, key: Array) -> Transformer:
@@ -399,11 +402,11 @@ def define(
     lora: LoraConfig | None = None,
     *,
     stacked: bool = True,
-    rows: NamedSharding | None = None,
+    layout: NamedSharding | None = None,
 ) -> Definition:
     """Definition of a decoder without making any array."""
     model = nnx.eval_shape(lambda: _build(config, lora, stacked, jax.random.key(0)))
-    return Definition(nnx.split(model)[0], config, lora, rows)
+    return Definition(nnx.split(model)[0], config, lora, layout)
 
 
 def _split(model: Transformer) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -457,7 +460,7 @@ def bind(definition: Definition, base: Params, adapter: Params | None = None) ->
     """Module of these parameters, to be called inside traced code; costs nothing at run time."""
     states = [nnx.State(base)] if adapter is None else [nnx.State(adapter), nnx.State(base)]
     model: Transformer = nnx.merge(definition.graph, *states)
-    model.rows = definition.rows
+    model.layout = definition.layout
     return model
 
 

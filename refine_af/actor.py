@@ -16,13 +16,15 @@ from refine_af.requests import Completion
 from refine_af.rewards import Example, Judgement
 from refine_af.score_cache import CachedOracle
 
+UNREADABLE = ("unparsable", "empty_output")
+
 
 class Answers(NamedTuple):
     """Answers to a batch, and what the oracle says of them."""
 
     batch: Batch
     completions: Sequence[Completion]
-    examples: Sequence[Example | None]  # None: no usable output
+    examples: Sequence[Example | None]  # None: one that gets the floor reward
     judgements: Sequence[Judgement]
 
     def figures(self) -> dict[str, float]:
@@ -103,4 +105,6 @@ class Actor:
         pair = prompts.parse_instance(
             completion.text, accept_unmarked=self.config.prompts.accept_unmarked_output
         )
-        return Example(instruction, *pair) if pair and pair[1] else None
+        reason = prompts.fault(pair)
+        floored = reason in UNREADABLE if self.config.reward.floor == "unreadable" else reason
+        return None if pair is None or floored else Example(instruction, *pair)

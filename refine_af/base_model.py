@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 from transformers import PreTrainedTokenizerBase
@@ -57,8 +58,8 @@ class BaseModel:
 
     def adapted(self, options: config_lib.Lora) -> Definition:
         """Definition of this model with adapters."""
-        rows = mesh_lib.rows_split(self.mesh)
-        return transformer.define(self.config, lora_config(options), rows=rows)
+        layout = mesh_lib.attention_layout(self.mesh)
+        return transformer.define(self.config, lora_config(options), layout=layout)
 
     def new_adapter(self, options: config_lib.Lora, key: Array) -> Params:
         """Fresh adapter, float32: it changes nothing until it is trained."""
@@ -162,10 +163,12 @@ def load(
     )
     if check:
         mesh_lib.check(source.config, mesh)
+        if advice := mesh_lib.whole_heads(source.config, mesh):
+            logging.warning(advice)
     shardings = mesh_lib.param_shardings(source.config, None, mesh)[0]
     return BaseModel(
         source=source,
-        definition=transformer.define(source.config, rows=mesh_lib.rows_split(mesh)),
+        definition=transformer.define(source.config, layout=mesh_lib.attention_layout(mesh)),
         params=source.load(shardings),
         mesh=mesh,
     )

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment
 from refine_af.hlo import Collective
 from refine_af.models import heads, sources, transformer, weights
+from refine_af.models.one_line import one_line
 from refine_af.models.transformer import Params
 from refine_af.packing import Answered
 from refine_af.policy import Policy
@@ -50,7 +51,9 @@ _NO_TPU = {
     "TPU_ACCELERATOR_TYPE": "v5e-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at a time
 }
+SAMPLING = ("sample prefill", "sample decode")
 _LARGE = 64 * 2**20  # bytes of a tensor that no device should hold whole
 
 Tree = Any
@@ -126,6 +129,10 @@ def memory_of(device: Any, num_devices: int) -> int:
     return memory.device_bytes(device, num_devices)
 
 
+class TooLargeError(Exception):
+    """The compiler finds no way to hold a program in a device's memory; with its reason."""
+
+
 class Program(NamedTuple):
     """A program and the shapes that it is compiled for."""
 
@@ -138,12 +145,22 @@ class Program(NamedTuple):
 
 
 def compiled(program: Program, base: BaseModel) -> Figures:
-    """Compile one program for the devices of its arguments."""
+    """Compile one program for the devices of its arguments.
+
+    Raises:
+        TooLargeError: its compiler, which knows the memory of its devices, refuses it.
+    """
     began = time.monotonic()
     traced = program.function.trace(*program.arguments)
-    executable = traced.lower().compile()
+    try:
+        executable = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if memory.ran_out(error):
+            raise TooLargeError(one_line(error)) from None
+        raise
     sizes, costs = executable.memory_analysis(), executable.cost_analysis() or {}
-    found, mesh = hlo.collectives(executable.as_text()), base.mesh
+    text, mesh = executable.as_text(), base.mesh
+    found = hlo.collectives(text)
     donated = bytes_on_device(program.donated)
     return Figures(
         program=program.name,
@@ -160,7 +177,9 @@ def compiled(program: Program, base: BaseModel) -> Figures:
         warnings=[
             *_whole_parameters(found, base),
             *_replicated(program.arguments, mesh),
+            *_not_split(hlo.shapes_made(traced.jaxpr, _LARGE) & hlo.shapes_in(text), base),
             *_not_donated(donated, sizes.alias_size_in_bytes),
+            *_whole_heads(program, base),
         ],
         seconds=time.monotonic() - began,
     )
@@ -185,9 +204,33 @@ def _replicated(arguments: Tree, mesh: jax.sharding.Mesh) -> list[str]:
     ]
 
 
+def _not_split(shapes: Iterable[hlo.Shape], base: BaseModel) -> list[str]:
+    """Results that every device has whole.
+
+    Weights are gathered, as they should be: a layer's at a time, and the head's in blocks.
+    """
+    params, model = jax.tree.leaves(base.params), base.config
+    weights_ = {tuple(sorted(x.shape[i:])) for x in params for i in (0, 1)}
+
+    def is_of_head(shape: hlo.Shape) -> bool:
+        rest = model.vocab_size * model.embed_dim % math.prod(shape)
+        return len(shape) == 2 and model.embed_dim in shape and rest == 0
+
+    return [
+        f"every device computes all of {list(shape)}"
+        for shape in sorted(shapes)
+        if base.mesh.size > 1 and tuple(sorted(shape)) not in weights_ and not is_of_head(shape)
+    ]
+
+
 def _not_donated(donated: int, aliased: int) -> list[str]:
     missing = donated - aliased
     return [f"{missing / GIB:.2f} GiB of the donated state are not reused"] * (missing > _LARGE)
+
+
+def _whole_heads(program: Program, base: BaseModel) -> list[str]:
+    found = mesh_lib.whole_heads(base.config, base.mesh)
+    return [found] if found and program.name in SAMPLING else []
 
 
 def bytes_on_device(tree: Tree) -> int:
@@ -334,7 +377,7 @@ class Run:
         tokens_written = options.batch_size
         return [
             Program(
-                "sample prefill",
+                SAMPLING[0],
                 sampling.jit_extend,
                 reading,
                 scratch,
@@ -342,7 +385,7 @@ class Run:
                 self._held() + bytes_on_device(slots),
             ),
             Program(
-                "sample decode",
+                SAMPLING[1],
                 sampling.jit_decode,
                 writing,
                 slots,
@@ -386,7 +429,7 @@ def abstract_run(config: Experiment, topology: str, prompt_length: int) -> Run:
     source = sources.open_model(model.source, dtype=model.dtype, param_dtype=model.param_dtype)
     shapes = jax.eval_shape(lambda: transformer.init(source.config, key=jax.random.key(0))[0])
     params = _placed(shapes, mesh_lib.param_shardings(source.config, None, mesh)[0])
-    definition = transformer.define(source.config, rows=mesh_lib.rows_split(mesh))
+    definition = transformer.define(source.config, layout=mesh_lib.attention_layout(mesh))
     return Run(config, BaseModel(source, definition, params, mesh), prompt_length)
 
 
@@ -404,16 +447,21 @@ def _slots(mesh: jax.sharding.Mesh, make: Callable[[], Tree]) -> Tree:
     return _placed(shapes, jax.tree.map(lambda x: mesh_lib.slot_sharding(mesh, x.shape), shapes))
 
 
-def remedy(figures: Figures) -> str:
-    """What to change where a program does not fit: the larger of what is held and what is made."""
+def shortage(figures: Figures) -> str:
+    """By how much a program does not fit, and what to change of the larger part of it."""
     over = (figures.total - SHARE * figures.memory) / GIB
-    what = f"{over:.1f} GiB too much for {SHARE:.0%} of the memory; "
-    if figures.temporaries < figures.arguments + figures.resident:
-        return what + "use more devices, or more of them for mesh.fsdp and mesh.tensor"
-    if figures.program.startswith("sample"):
-        return what + "lower ppo.batch_size, or set ppo.int8_cache"
-    name = "sft" if figures.program == "sft" else "ppo"
-    return what + f"raise {name}.num_microbatches, or set {name}.remat=full"
+    held = figures.temporaries < figures.arguments + figures.resident
+    more = "use more devices, or more of them for mesh.fsdp and mesh.tensor"
+    what = more if held and figures.program not in SAMPLING else remedy(figures.program)
+    return f"{over:.1f} GiB too much for {SHARE:.0%} of the memory; {what}"
+
+
+def remedy(program: str) -> str:
+    """What makes a program smaller on the same devices."""
+    if program in SAMPLING:
+        return "lower ppo.batch_size, set ppo.int8_cache, or use more devices"
+    name = "sft" if program == "sft" else "ppo"
+    return f"raise {name}.num_microbatches, set {name}.remat=full, or use more devices"
 
 
 def sharding_table(base: BaseModel) -> list[str]:

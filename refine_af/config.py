@@ -27,6 +27,7 @@ TRACKERS = ("tensorboard", "wandb")
 ESTIMATORS = ("gae", "rloo", "grpo")
 KL_CONTROLLERS = ("adaptive", "fixed")
 NORMALISATIONS = ("none", "batch")  # as they are; mean 0 and deviation 1 over the batch's answers
+FLOORS = ("unreadable", "dropped")  # answers without an output; and all that stage 3 drops
 FILTERS = ("none", "reward", "share")  # rows with so much reward; the best share of the rows
 PAPER_COMPONENTS = ("rew", "nat", "und", "coh")
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
@@ -161,7 +162,8 @@ class Reward:
     normalise: str = "none"  # one of NORMALISATIONS
     clip_components: float = 0.0  # largest magnitude of each component; 0: no limit
     clip_reward: float = 0.0  # and of their sum; 0: no limit
-    unparsable: float = -1.0  # reward of an answer without a usable output [U]
+    floor: str = "dropped"  # one of FLOORS: whose reward is `unparsable` whatever the oracle says
+    unparsable: float = -1.0  # [U]
     missing_end_penalty: float = 0.5  # subtracted when the answer was cut by length [U]
     cache: str = ""  # file of scores to be used again, by content; empty: the run's own
     timeout: float = 60.0  # seconds that an HTTP oracle has for an answer
@@ -169,6 +171,7 @@ class Reward:
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("reward.normalise", self.normalise, NORMALISATIONS)
+        require_one_of("reward.floor", self.floor, FLOORS)
         numbers = ("rew", "nat", "und", "coh", "bias", "unparsable", "missing_end_penalty")
         for name in (*numbers, "clip_components", "clip_reward", "timeout"):
             value = getattr(self, name)

@@ -20,6 +20,9 @@ _CONSTANT = re.compile(r"constant\((\d+)\)")
 _ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
 
 
+Shape = tuple[int, ...]
+
+
 class Collective(NamedTuple):
     """Collectives of one kind and shape."""
 
@@ -115,6 +118,34 @@ def _calls(line: str, bodies: dict[str, tuple[bool, list[str]]]) -> Iterator[tup
             yield name.strip().lstrip("%"), 1
 
 
+def shapes_in(text: str) -> set[Shape]:
+    """Shapes of all results of a compiled program, on one device."""
+    return {
+        tuple(int(n) for n in dims.split(",") if n)
+        for line in text.splitlines()
+        for _, dims in _ARRAY.findall(line.partition(" = ")[2].partition("(%")[0])
+    }
+
+
+def shapes_made(program: core.ClosedJaxpr, least: int) -> set[Shape]:
+    """Shapes of what a traced program computes, over all devices: those of `least` bytes and more.
+
+    Left out is what a kernel or a device does for itself.
+    """
+    return set(_shapes(program.jaxpr, least))
+
+
+def _shapes(jaxpr: core.Jaxpr, least: int) -> Iterator[Shape]:
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            shape, dtype = _shape(variable), getattr(variable.aval, "dtype", None)
+            if dtype is not None and math.prod(shape) * dtype.itemsize >= least:
+                yield shape
+        if equation.primitive.name not in ("pallas_call", "shard_map"):
+            for inner in _inner(equation.params):
+                yield from _shapes(inner, least)
+
+
 def operations(program: core.ClosedJaxpr) -> float:
     """Floating-point operations of all products of a traced program, over all devices.
 
@@ -144,8 +175,8 @@ def _operations(jaxpr: core.Jaxpr) -> float:
     return total
 
 
-def _shape(variable: Any) -> tuple[int, ...]:
-    shape: tuple[int, ...] = variable.aval.shape
+def _shape(variable: Any) -> Shape:
+    shape: Shape = variable.aval.shape
     return shape
 
 

@@ -155,17 +155,9 @@ def select(
     return found, faults + [(completions[pair.answer].text, reason) for pair in surplus]
 
 
-def fault(pair: tuple[str, str] | None, finish_reason: str) -> str | None:
+def fault(pair: prompts.Pair | None, finish_reason: str) -> str | None:
     """Reason to drop an answer by itself, or None."""
-    if pair is None:
-        return "unparsable"
-    text, output = pair
-    if not output:
-        return "empty_output"
-    if finish_reason == "length":
+    reason = prompts.fault(pair)
+    if finish_reason == "length" and reason not in ("unparsable", "empty_output"):
         return "truncated"
-    if text == output:
-        return "input_equals_output"
-    if text.endswith(":") or output.endswith(":"):
-        return "ends_with_colon"
-    return None
+    return reason

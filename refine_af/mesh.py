@@ -1,5 +1,6 @@
 """The device mesh and the one table that maps the models' logical axes to mesh axes."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,6 +76,20 @@ def check(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
             )
 
 
+def whole_heads(model: ModelConfig, mesh: jax.sharding.Mesh) -> str | None:
+    """One line where sampling leaves attention and cache whole on devices that could share them."""
+    claimed = spec(("kv_heads",), (model.num_kv_heads,), mesh, rules=SAMPLING_RULES)[0]
+    parts = math.prod(mesh.shape[name] for name in _names(claimed))
+    sizes = [n for n in range(1, mesh.size + 1) if mesh.size % n == model.num_kv_heads % n == 0]
+    if parts >= sizes[-1]:
+        return None
+    return (
+        f"while sampling, {mesh.size // parts // mesh.shape['data']} devices hold the same cache: "
+        f"mesh fsdp*tensor={mesh.shape['fsdp'] * mesh.shape['tensor']} does not divide the model's "
+        f"{model.num_kv_heads} kv heads; take fsdp={sizes[-1]}, tensor=1, data=-1"
+    )
+
+
 def spec(
     axes: Axes,
     shape: tuple[int, ...],
@@ -147,6 +162,11 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def rows_split(mesh: jax.sharding.Mesh) -> NamedSharding:
     """Sharding of a training batch: first axis over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def attention_layout(mesh: jax.sharding.Mesh) -> NamedSharding:
+    """Sharding of queries [B, N, T, H] in training: rows over the batch axes, and heads."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, RULES["heads"]))
 
 
 def keep_rows_split(mesh: jax.sharding.Mesh, tree: Any) -> Any:

@@ -9,6 +9,7 @@ from refine_af import config as config_lib
 from refine_af.seeds import SeedTask
 
 HEADER = "Come up with an example for each task: an input, which may be empty, and the output.\n\n"
+Pair = tuple[str, str]  # input and output of an answer
 _INPUT = re.compile(r"^\s*Input:")  # a chat model says it again
 _OUTPUT = re.compile(r"\n\s*Output:")
 
@@ -51,7 +52,7 @@ def with_demos(instruction: str, picked: Sequence[SeedTask]) -> str:
     return HEADER + "".join(parts) + f"Task: {instruction}\nInput:"
 
 
-def parse_instance(completion: str, *, accept_unmarked: bool) -> tuple[str, str] | None:
+def parse_instance(completion: str, *, accept_unmarked: bool) -> Pair | None:
     """(input, output) of an answer, stripped; None when it has no `Output:`.
 
     Args:
@@ -61,3 +62,25 @@ def parse_instance(completion: str, *, accept_unmarked: bool) -> tuple[str, str]
     if len(parts) == 2:
         return _INPUT.sub("", parts[0]).strip(), parts[1].strip()
     return ("", completion.strip()) if accept_unmarked else None
+
+
+def fault(pair: Pair | None) -> str | None:
+    """Reason to drop what an answer says, whatever the others say; or None.
+
+    Self-Instruct's rules (arXiv 2212.10560, appendix A), but that an output that differs from its
+    input in case, punctuation and spaces alone is the same.
+    """
+    if pair is None:
+        return "unparsable"
+    text, output = pair
+    if not output:
+        return "empty_output"
+    if text == output or (_words(text) and _words(text) == _words(output)):
+        return "input_equals_output"
+    if text.endswith(":") or output.endswith(":"):
+        return "ends_with_colon"
+    return None
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn_lib
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from refine_af.config import Mesh
+from refine_af.mesh import attention_layout, make_mesh
 from refine_af.models import attention, cache, kernels, rotary, transformer
 from refine_af.models.attention import Seen
 from refine_af.models.cache import Stored
@@ -262,9 +265,9 @@ def test_the_kernel_is_chosen_by_device_and_model(
     expected: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform=backend)])
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert attention.kernel_for(dataclasses.replace(LLAMA, **changes), length) is expected
+    assert attention.kernel_for(dataclasses.replace(LLAMA, **changes), 2, length) is expected
 
 
 @pytest.mark.parametrize(
@@ -272,12 +275,12 @@ def test_the_kernel_is_chosen_by_device_and_model(
     [
         ("cudnn", 128, "attention_kernel='cudnn': cuDNN needs bfloat16 or float16, not float32"),
         ("splash", 100, "splash attention needs a length that is a multiple of 128, not 100"),
-        ("splash", 128, "splash attention is not partitioned over devices yet"),
+        ("splash", 128, "splash attention needs a layout over devices"),
     ],
 )
 def test_a_kernel_that_cannot_is_refused_by_name(kernel: str, length: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        attention.kernel_for(dataclasses.replace(LLAMA, attention_kernel=kernel), length)
+        attention.kernel_for(dataclasses.replace(LLAMA, attention_kernel=kernel), 2, length)
 
 
 def test_a_kernel_serves_the_whole_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,6 +302,46 @@ def test_a_kernel_serves_the_whole_decoder(monkeypatch: pytest.MonkeyPatch) -> N
     by_kernel = dataclasses.replace(c, attention_kernel="splash")
     for stacked in (True, False):
         np.testing.assert_allclose(logits(by_kernel, stacked), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "remat"),
+    [(Mesh(data=2, fsdp=2, tensor=2), "none"), (Mesh(fsdp=4, tensor=2), "full")],
+)
+def test_a_kernel_works_on_each_device_s_rows_and_heads(
+    mesh: Mesh, remat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients of the decoder on eight devices, kernel against reference."""
+    c = config(4, 2, 16, num_layers=2, sliding_window=40, global_layers=(1,))
+    params, ids = random_params(c), jnp.arange(512).reshape(4, 128) % 90
+    start = jnp.where(jnp.arange(128) < 50, 0, 50)[None].repeat(4, 0)
+    layout = attention_layout(make_mesh(mesh))
+
+    def results(c: ModelConfig) -> Any:
+        definition = transformer.define(c, layout=layout)
+
+        def loss(params: Any) -> jax.Array:
+            hidden = transformer.bind(definition, params)(ids, start, remat=remat)[0]
+            return jnp.square(hidden - 1).mean()
+
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    expected = results(c)
+    interpreted = functools.partial(kernels.splash, interpret=True)
+    monkeypatch.setitem(kernels.KERNELS, "splash", interpreted)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4),
+        results(dataclasses.replace(c, attention_kernel="splash")),
+        expected,
+    )
+
+
+def test_rows_or_heads_that_do_not_divide_are_refused() -> None:
+    c = dataclasses.replace(LLAMA, attention_kernel="splash", num_kv_heads=1)
+    layout = attention_layout(make_mesh(Mesh(data=2, fsdp=2, tensor=2)))
+    for num_rows, message in ((3, "3 rows do not divide among 4"), (4, "1 kv heads do not divide")):
+        with pytest.raises(ValueError, match=message):
+            attention.kernel_for(c, num_rows, 128, layout)
 
 
 # Caches

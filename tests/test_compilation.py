@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from programs import Program, only_its_own_flags, program, refused
 
 from refine_af import compilation, flops, hlo
@@ -73,6 +75,25 @@ def test_operations_of_products_in_loops_and_branches() -> None:
     assert hlo.operations(traced.jaxpr) == 48 + 7 * 64 + 64
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_shapes_that_a_device_has_whole(whole: bool) -> None:
+    """Eight devices and a product that is split over them, or not."""
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    split, layout = NamedSharding(mesh, P("x")), NamedSharding(mesh, P() if whole else P("x"))
+
+    @jax.jit
+    def f(x: jax.Array) -> jax.Array:
+        return jnp.tanh(jax.lax.with_sharding_constraint(jnp.tanh(x @ x.T), layout)).sum(0)
+
+    traced = f.trace(jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=split))
+    made = hlo.shapes_made(traced.jaxpr, 64 * 16 * 4)
+    assert made == {(64, 64), (16, 64)}
+    assert hlo.shapes_made(traced.jaxpr, 64 * 16 * 4 + 1) == {(64, 64)}
+    there = hlo.shapes_in(traced.lower().compile().as_text())
+    assert ((64, 64) in there) == whole
+    assert (8, 64) in there
+
+
 CONFIG = dataclasses.replace(tiny.get_config(), mesh=Mesh(data=2, fsdp=2, tensor=2))
 
 
@@ -124,15 +145,20 @@ def test_what_does_not_fit_and_what_to_do() -> None:
     assert figures().fits
     crowded = figures(temporaries=12 * GIB)
     assert not crowded.fits
-    assert compilation.remedy(crowded) == (
-        "2.6 GiB too much for 90% of the memory; raise ppo.num_microbatches, or set ppo.remat=full"
+    assert compilation.shortage(crowded) == (
+        "2.6 GiB too much for 90% of the memory; raise ppo.num_microbatches, set ppo.remat=full, or "
+        "use more devices"
     )
-    assert "more devices" in compilation.remedy(figures(arguments=14 * GIB))
-    sampling = figures(program="sample decode", temporaries=14 * GIB)
-    assert "lower ppo.batch_size" in compilation.remedy(sampling)
+    assert "or more of them for mesh.fsdp" in compilation.shortage(figures(arguments=14 * GIB))
+    sampling = figures(program="sample decode", arguments=14 * GIB)
+    assert "lower ppo.batch_size" in compilation.shortage(sampling)
 
 
 ARGS = ("--config=tiny", "--config.mesh.fsdp=8", "--program=score", "--prompt_length=40")
+
+
+def refuse(*_: Any) -> None:
+    raise compilation.TooLargeError("88 GiB")
 
 
 def test_the_program_prints_and_exits_1_where_something_does_not_fit(
@@ -144,6 +170,14 @@ def test_the_program_prints_and_exits_1_where_something_does_not_fit(
     assert "P(None, 'fsdp', 'tensor')" in good.out
     assert "score: compiled in" in good.out
     assert "x all-" in good.out
+    with monkeypatch.context() as patch:
+        patch.setattr(compilation, "compiled", refuse)
+        bad = program("compile_check", *ARGS)
+        assert (bad.code, bad.out) == (
+            1,
+            "score: does not fit: 88 GiB; raise ppo.num_microbatches, set ppo.remat=full, or use "
+            "more devices\n",
+        )
     monkeypatch.setattr(compilation, "memory_of", lambda *_: 1000)
     bad = program("compile_check", *ARGS)
     assert bad.code == 1

@@ -50,6 +50,7 @@ OTHERS = {
     "prompts.format": "chat",
     "reward.others": ("good=1",),
     "reward.normalise": "batch",
+    "reward.floor": "unreadable",
     "ppo.trained": "full",
     "ppo.critic": "separate",
     "ppo.optimizer": "adafactor",

@@ -97,6 +97,8 @@ def test_an_answer_is_an_input_and_an_output(completion: str, pair: tuple[str, s
         (("", ""), "length", "empty_output"),
         (("1", "2"), "length", "truncated"),
         (("1", "1"), "stop", "input_equals_output"),
+        (('"A red  hat."', "a red hat"), "stop", "input_equals_output"),
+        (("?", "!"), "stop", None),
         (("1:", "2"), "stop", "ends_with_colon"),
         (("1", "2:"), "stop", "ends_with_colon"),
     ],

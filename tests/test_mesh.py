@@ -62,3 +62,30 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(
 def test_a_mesh_of_other_devices_is_refused(axes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"the product must be the number of devices, 8; give one"):
         of(**axes)
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "axes", "advice"),
+    [
+        (8, {"fsdp": 8}, None),
+        (4, {"data": 2, "fsdp": 4}, None),
+        (3, {"fsdp": 8}, None),
+        (
+            4,
+            {"fsdp": 8},
+            "while sampling, 8 devices hold the same cache: mesh fsdp*tensor=8 does not divide the "
+            "model's 4 kv heads; take fsdp=4, tensor=1, data=-1",
+        ),
+        (
+            20,
+            {"data": 2, "fsdp": 2, "tensor": 2},
+            None,
+        ),
+    ],
+)
+def test_heads_that_every_device_would_sample_with(
+    kv_heads: int, axes: dict[str, int], advice: str | None
+) -> None:
+    """Three heads cannot be shared; eight of four can be, by half of the devices each."""
+    model = dataclasses.replace(TINY, num_heads=4 * kv_heads, num_kv_heads=kv_heads)
+    assert mesh.whole_heads(model, of(**axes)) == advice

@@ -70,7 +70,7 @@ def base(sizes: Sizes = ONE_DEVICE) -> BaseModel:
         mesh_lib.param_shardings(TINY, None, mesh)[0],
     )
     source = source_of(TINY, params, EOS, byte_tokenizer())
-    definition = transformer.define(TINY, rows=mesh_lib.rows_split(mesh))
+    definition = transformer.define(TINY, layout=mesh_lib.attention_layout(mesh))
     return BaseModel(source, definition, params, mesh)
 
 

@@ -1,0 +1,35 @@
+"""Which answers the oracle is asked about, and which get the floor reward."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from updates import CONFIG, base
+
+from refine_af.actor import Actor
+from refine_af.ppo_prompts import Batch
+from refine_af.requests import Completion
+
+TEXTS = [
+    " 1\nOutput: 2",
+    " A red hat.\nOutput: a red hat",  # stage 3 drops a copy
+    " 1\nOutput: such as:",
+    " 1\nOutput:",
+    "1",
+]
+
+
+@pytest.mark.parametrize(("floor", "asked"), [("unreadable", 3), ("dropped", 1)])
+def test_answers_that_are_of_no_use_get_the_floor(floor: str, asked: int) -> None:
+    """Else a policy learns to copy its input, which oracles of coherence like."""
+    reward = dataclasses.replace(CONFIG.reward, floor=floor, unparsable=-3.0)
+    prompts = dataclasses.replace(CONFIG.prompts, accept_unmarked_output=False)
+    config = dataclasses.replace(CONFIG, reward=reward, prompts=prompts)
+    actor = Actor(config, base(), lambda examples: {"reward": np.ones(len(examples))})
+    completions = [Completion(text, (5, 6), (0.0, 0.0), (0.0, 0.0), "stop") for text in TEXTS]
+    answers = actor.judge(Batch([], ["Do it."] * 5), completions)
+    rewards = [judgement.reward for judgement in answers.judgements]
+    assert rewards == [1.0] * asked + [-3.0] * (5 - asked)
+    assert [row["output"] for row in answers.rows()][:asked] == ["2", "a red hat", "such as:"][
+        :asked
+    ]
