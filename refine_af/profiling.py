@@ -1,6 +1,6 @@
 """Traces of training steps, for XProf (TensorBoard's profile tab) and Perfetto."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ class Profile:
     folder: Path
     num_steps: int
 
-    def over(self, steps: range) -> Iterator[int]:
+    def over(self, steps: range) -> Generator[int, None, None]:
         """The same steps; those to trace run inside a trace, which ends when they are left, too."""
         first = steps[_FIRST : _FIRST + self.num_steps]
         with ExitStack() as stack:
