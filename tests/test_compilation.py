@@ -146,8 +146,8 @@ def test_what_does_not_fit_and_what_to_do() -> None:
     crowded = figures(temporaries=12 * GIB)
     assert not crowded.fits
     assert compilation.shortage(crowded) == (
-        "2.6 GiB too much for 90% of the memory; raise ppo.num_microbatches, set ppo.remat=full, or "
-        "use more devices"
+        "2.6 GiB too much for 90% of the memory; raise ppo.num_microbatches, set ppo.remat=full, "
+        "or use more devices"
     )
     assert "or more of them for mesh.fsdp" in compilation.shortage(figures(arguments=14 * GIB))
     sampling = figures(program="sample decode", arguments=14 * GIB)
