@@ -4,7 +4,7 @@ Paper: REFINE-AF, arXiv 2505.06548; Self-Instruct's decoding (arXiv 2212.10560) 
 fine-tuning. What the paper does not say is ours [U]: all of PPO, the prompts of stages 2 and 3.
 Command: python -m refine_af.launch.pipeline --config=llama2_7b --workdir=runs/llama2_7b
 Hardware: 16 TPU v5e, 8 TPU v5p or v6e; docs/sharding.md has what each takes. Needs access to the
-model on the hub, and both oracles as docs/rewards.md says.
+model on the hub, and both oracles as docs/accelerators.md says.
 """
 
 from refine_af.config import (
@@ -45,7 +45,7 @@ def get_config() -> Experiment:
         prompts=Prompts(
             format="raw", num_demos=3, max_demo_chars=600, accept_unmarked_output=False
         ),
-        reward=Reward(oracle="oasst:models/oasst-rm,unieval:models/unieval-dialog"),
+        reward=Reward(oracle="oasst:oracles/oasst-rm,unieval:oracles/unieval-dialog"),
         ppo=Ppo(
             num_steps=150,
             batch_size=64,

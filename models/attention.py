@@ -165,7 +165,7 @@ def kernel_for(
     """Fused kernel for `num_rows` whole sequences of `length` columns; None: `attend`.
 
     Args:
-        layout: of [B, N, T, H] over the devices; None: one device, or as the compiler likes.
+        layout: of queries [B, N, T, H] over the devices; None: one, or as the compiler likes.
 
     Raises:
         ValueError: a kernel was asked for by name and cannot compute this.
@@ -181,7 +181,7 @@ def kernel_for(
         kernel = kernels.KERNELS[name]
         if name == "cudnn" or layout is None:  # JAX splits cuDNN's by itself
             return kernel
-        return functools.partial(kernels.over_devices, kernel, layout)
+        return functools.partial(kernel, layout=layout)
     if config.attention_kernel == "auto":
         return None
     raise ValueError(f"attention_kernel={name!r}: {obstacle}")

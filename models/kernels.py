@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from refine_af.models.config import ModelConfig
@@ -44,7 +45,7 @@ def obstacle(
 
     Args:
         num_rows, length: of the batch.
-        layout: of [B, N, T, H] over the devices; None: as the compiler likes.
+        layout: of queries [B, N, T, H] over the devices; None: as the compiler likes.
     """
     if name == "cudnn":
         if config.dtype not in ("bfloat16", "float16"):
@@ -60,41 +61,17 @@ def obstacle(
         return f"splash attention needs a length that is a multiple of {_LANES}, not {length}"
     if layout is None:
         return "splash attention needs a layout over devices" if jax.device_count() > 1 else None
-    for what, size, axes in zip(
-        ("rows", "kv heads"), (num_rows, config.num_kv_heads), layout.spec, strict=True
-    ):
-        if size % _num_parts(layout, axes):
-            return f"{size} {what} do not divide among {_num_parts(layout, axes)} devices"
+    sizes = {"rows": num_rows, "kv heads": config.num_kv_heads, "blocks": length // _LANES}
+    for (what, size), axes in zip(sizes.items(), layout.spec, strict=True):
+        if size % num_parts(layout.mesh, axes):
+            return f"{size} {what} do not divide among {num_parts(layout.mesh, axes)} devices"
     return None
 
 
-def _num_parts(layout: NamedSharding, axes: str | tuple[str, ...]) -> int:
-    names = (axes,) if isinstance(axes, str) else axes
-    return math.prod(layout.mesh.shape[name] for name in names)
-
-
-def over_devices(
-    kernel: Kernel,
-    layout: NamedSharding,
-    query: Float[Array, "B N T H"],
-    keys: Float[Array, "B K T H"],
-    values: Float[Array, "B K T H"],
-    start: Int[Array, "B 1|T"],
-    *,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> Float[Array, "B N T H"]:
-    """A kernel that the compiler cannot split, on each device's rows and heads."""
-    split, rows = layout.spec, PartitionSpec(layout.spec[0])
-    mixed: Array = jax.shard_map(
-        functools.partial(kernel, window=window, scale=scale, softcap=softcap),
-        mesh=layout.mesh,
-        in_specs=(split, split, split, rows),
-        out_specs=split,
-        check_vma=False,  # a kernel's outputs do not say over what they vary
-    )(query, keys, values, start)
-    return mixed
+def num_parts(mesh: jax.sharding.Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Parts that these axes of a mesh cut an array's axis into."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def cudnn(
@@ -137,6 +114,7 @@ def splash(
     window: int | None,
     scale: float,
     softcap: float | None,
+    layout: NamedSharding | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B N T H"]:
     """Splash attention, JAX's sparse flash kernel for TPUs, one row at a time.
@@ -144,24 +122,52 @@ def splash(
     Each text of a row is a segment, and so is padding: padding queries see padding.
 
     Args:
+        layout: of the queries over the devices, each of which works on its rows, heads and
+            columns; keys and values of all columns come to it.
         interpret: run on any device, slowly, for tests.
     """
     num_heads, length = query.shape[1:3]
+    rows, heads, columns = layout.spec if layout else (None, None, None)
+    q_shards = num_parts(layout.mesh, columns) if layout else 1
     if window is None:
-        mask: masks.Mask = masks.CausalMask((length, length))
+        mask: masks.Mask = masks.CausalMask((length, length), shard_count=q_shards)
     else:
-        mask = masks.LocalMask((length, length), (window - 1, 0), 0)
-    block = next(size for size in (512, 256, _LANES) if length % size == 0)
+        mask = masks.LocalMask((length, length), (window - 1, 0), 0, shard_count=q_shards)
+    part = length // q_shards
     kernel = splash_lib.make_splash_mha(
         masks.MultiHeadMask([mask] * num_heads),
-        block_sizes=_block_sizes(block),
-        head_shards=1,
-        q_seq_shards=1,
+        block_sizes=_block_sizes(next(n for n in (512, 256, _LANES) if part % n == 0)),
+        head_shards=num_parts(layout.mesh, heads) if layout else 1,
+        q_seq_shards=q_shards,
         attn_logits_soft_cap=softcap,
         interpret=interpret,
     )
     text = jnp.where(jnp.arange(length, dtype=jnp.int32)[None] >= start, start, -1)
-    return jax.vmap(kernel)(query * scale, keys, values, splash_lib.SegmentIds(text, text))
+    operands = kernel, query * scale, keys, values, text, text
+    if layout is None:
+        return _by_rows(*operands)
+    of_keys, of_queries = P(rows, heads), P(rows, heads, columns)
+    masks_split = kernel.manual_sharding_spec(NamedSharding(layout.mesh, P(heads, columns)))
+    mixed: Array = jax.shard_map(
+        _by_rows,
+        mesh=layout.mesh,
+        in_specs=(masks_split, of_queries, of_keys, of_keys, P(rows, columns), P(rows)),
+        out_specs=of_queries,
+        check_vma=False,  # a kernel's outputs do not say over what they vary
+    )(*operands)
+    return mixed
+
+
+def _by_rows(
+    kernel: splash_lib.SplashAttentionKernel,
+    query: Float[Array, "B N Q H"],
+    keys: Float[Array, "B K T H"],
+    values: Float[Array, "B K T H"],
+    of_query: Int[Array, "B Q"],
+    of_key: Int[Array, "B T"],
+) -> Float[Array, "B N Q H"]:
+    mixed: Array = jax.vmap(kernel)(query, keys, values, splash_lib.SegmentIds(of_query, of_key))
+    return mixed
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -128,6 +129,11 @@ def several() -> bool:
 def is_writer() -> bool:
     """Whether this is the process that writes files and talks to the world."""
     return not several() or _number() == 0
+
+
+def own_folder(folder: Path) -> Path:
+    """The folder, or one in it for this process where there are several."""
+    return folder / f"process{_number()}" if several() else folder
 
 
 def _client() -> Any:

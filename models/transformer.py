@@ -10,7 +10,6 @@ Axis letters as in `layers`.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +26,7 @@ from refine_af.models.block import Attend, Block
 from refine_af.models.cache import KVCache, Prefix, Stored, Tail
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.contraction import rows_times
+from refine_af.models.kernels import num_parts
 from refine_af.models.layers import LINEAR, Axes, Linear, RMSNorm, quantize
 from refine_af.models.rotary import Rotary
 
@@ -140,20 +140,24 @@ class Transformer(nnx.Module):
         return x * jnp.asarray(self.config.embed_dim**0.5, self.config.dtype).astype(jnp.float32)
 
     def _split_rows(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Keep the residual stream split by rows where the devices divide these.
+        """Keep the residual stream split by rows, and columns, where the devices divide these.
 
         Left alone, the compiler may rather gather the batch than the weights.
         """
-        if self.layout is None or self.row_parts(x.shape[0]) == 1:
+        if self.layout is None:
             return x
-        rows = NamedSharding(self.layout.mesh, PartitionSpec(self.layout.spec[0]))
-        return jax.lax.with_sharding_constraint(x, rows)
+        mesh, (rows, _, columns) = self.layout.mesh, self.layout.spec
+        axes = [
+            PartitionSpec.UNCONSTRAINED if size % num_parts(mesh, axis) else axis
+            for size, axis in zip(x.shape, (rows, columns), strict=False)
+        ]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
     def row_parts(self, num_rows: int) -> int:
         """Parts that so many rows are split into over the devices; 1 where these do not divide."""
         if self.layout is None:
             return 1
-        parts = math.prod(self.layout.mesh.shape[axis] for axis in self.layout.spec[0])
+        parts = num_parts(self.layout.mesh, self.layout.spec[0])
         return 1 if num_rows % parts else parts
 
     def _rotaries(self, positions: Int[Array, "B T"]) -> tuple[Rotary, Rotary]:
@@ -379,8 +383,8 @@ class Definition:
     """The static half of a split `Transformer`: hashable, to be closed over by jitted code.
 
     Attributes:
-        layout: of queries [B, N, T, H] over the devices: mesh axes of B and of N. The residual
-            stream [B, T, D] is split along B alike. None: as the compiler likes.
+        layout: of queries [B, N, T, H] over the devices: mesh axes of B, N and T. The residual
+            stream [B, T, D] is split along B and T alike. None: as the compiler likes.
     """
 
     graph: nnx.GraphDef

@@ -16,15 +16,13 @@ from refine_af.requests import Completion
 from refine_af.rewards import Example, Judgement
 from refine_af.score_cache import CachedOracle
 
-UNREADABLE = ("unparsable", "empty_output")
-
 
 class Answers(NamedTuple):
     """Answers to a batch, and what the oracle says of them."""
 
     batch: Batch
     completions: Sequence[Completion]
-    examples: Sequence[Example | None]  # None: one that gets the floor reward
+    pairs: Sequence[prompts.Pair | None]  # input and output; None: it cannot be read
     judgements: Sequence[Judgement]
 
     def figures(self) -> dict[str, float]:
@@ -38,13 +36,14 @@ class Answers(NamedTuple):
                 "row": row,
                 "instruction": instruction,
                 "completion": completion.text,
-                "input": example.input if example else None,
-                "output": example.output if example else None,
+                "input": pair[0] if pair else None,
+                "output": pair[1] if pair else None,
+                "fault": prompts.fault(pair),
                 "reward": round(judgement.reward, 6),
                 "components": judgement.components,
                 "finish_reason": completion.finish_reason,
             }
-            for row, (instruction, completion, example, judgement) in enumerate(
+            for row, (instruction, completion, pair, judgement) in enumerate(
                 zip(self.batch.instructions, *self[1:], strict=True)
             )
         ]
@@ -75,7 +74,7 @@ class Actor:
         weights = Policy(self.base, options).for_sampling(params, int8_weights=int8)
 
         def finished(number: int, completion: Completion) -> None:
-            example = self._parse(batch.instructions[number], completion)
+            example = self._example(batch.instructions[number], self._parse(completion))
             if example and isinstance(self.oracle, CachedOracle):
                 self.oracle.prefetch([example], rollout)
             if progress:
@@ -95,16 +94,20 @@ class Actor:
         options: Reward = self.config.reward
         if absolute:
             options = rewards.absolute(options)
-        pairs = zip(batch.instructions, completions, strict=True)
-        examples = [self._parse(*pair) for pair in pairs]
+        pairs = [self._parse(completion) for completion in completions]
+        examples = list(map(self._example, batch.instructions, pairs))
         ended = [c.finish_reason == "stop" for c in completions]
         judgements = rewards.judge(self.oracle, examples, ended, options)
-        return Answers(batch, completions, examples, judgements)
+        return Answers(batch, completions, pairs, judgements)
 
-    def _parse(self, instruction: str, completion: Completion) -> Example | None:
-        pair = prompts.parse_instance(
+    def _parse(self, completion: Completion) -> prompts.Pair | None:
+        return prompts.parse_instance(
             completion.text, accept_unmarked=self.config.prompts.accept_unmarked_output
         )
+
+    def _example(self, instruction: str, pair: prompts.Pair | None) -> Example | None:
+        """What the oracle is asked about; None for an answer that gets the floor reward."""
         reason = prompts.fault(pair)
-        floored = reason in UNREADABLE if self.config.reward.floor == "unreadable" else reason
+        every = self.config.reward.floor == "dropped"
+        floored = reason is not None and (every or reason in prompts.UNREADABLE)
         return None if pair is None or floored else Example(instruction, *pair)

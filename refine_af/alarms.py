@@ -32,7 +32,7 @@ _MAX_GRADIENT = 1e3  # norm before clipping
 # What alarms look at.
 _METRICS = (
     *("kl/k1", "kl/k3", "ppo/entropy", "ppo/grad_norm", "drift/logprob_max", "repetition"),
-    *("reward/std", "reward/parsed_share", "length/mean", "length/eos_rate"),
+    *("reward/std", "reward/usable_share", "length/mean", "length/eos_rate"),
 )
 
 
@@ -167,9 +167,10 @@ _ALARMS = (
         "raise ppo.sampling.max_new_tokens or reward.missing_end_penalty",
     ),
     _Alarm(
-        "unparsable answers",
-        _is("below", "reward/parsed_share", _LEAST_SHARE),
-        "raise prompts.num_demos, lower reward.unparsable, or set prompts.accept_unmarked_output",
+        "useless answers",
+        _is("below", "reward/usable_share", _LEAST_SHARE),
+        "see `fault` in ppo/rollouts.jsonl; raise prompts.num_demos, lower reward.unparsable, or "
+        "set prompts.accept_unmarked_output",
     ),
     _Alarm(
         "drift",

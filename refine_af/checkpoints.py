@@ -154,25 +154,26 @@ def advance(
         profile: which steps are traced.
     """
     newest = steps.start, state
-    try:
-        with interruptions.shared(), closing(profile.over(steps)) as traced:
-            for step in traced:
-                prepared = prepare(step, state)
-                with interruptions.held():
-                    state, shown = learn(step, state, prepared)
-                    newest = step + 1, state
-                    if due(step + 1) or step + 1 == steps.stop:
-                        save(manager, *newest, config)
-                progress.update()
-                progress.show(**shown)
-                interruptions.agree()
-    except KeyboardInterrupt as error:
-        step, tree = newest  # a second signal may have come when the arrays were given away
-        unsaved = step > (manager.latest_step() or 0)
-        alone = processes.several() and not isinstance(error, interruptions.AgreedInterrupt)
-        if unsaved and resumable(step) and not alone and not _is_deleted(tree):
-            save(manager, step, tree, config)
-        raise
+    with closing(profile.over(steps)) as traced:  # saved first, traces are written afterwards
+        try:
+            with interruptions.shared():
+                for step in traced:
+                    prepared = prepare(step, state)
+                    with interruptions.held():
+                        state, shown = learn(step, state, prepared)
+                        newest = step + 1, state
+                        if due(step + 1) or step + 1 == steps.stop:
+                            save(manager, *newest, config)
+                    progress.update()
+                    progress.show(**shown)
+                    interruptions.agree()
+        except KeyboardInterrupt as error:
+            step, tree = newest  # a second signal may have come when the arrays were given away
+            unsaved = step > (manager.latest_step() or 0)
+            alone = processes.several() and not isinstance(error, interruptions.AgreedInterrupt)
+            if unsaved and resumable(step) and not alone and not _is_deleted(tree):
+                save(manager, step, tree, config)
+            raise
     return state
 
 

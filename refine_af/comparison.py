@@ -61,7 +61,8 @@ def open_run(text: str) -> Run:
     name, place = "", text
     if not Path(place).expanduser().is_dir() and "=" in text:
         name, _, place = text.partition("=")
-    whole = Path(place).expanduser().is_dir() or _folder_and_arm(place)[0].is_dir()
+    directory, arm = _folder_and_arm(place)
+    whole = directory.is_dir() and "+" not in arm
     runs = [_open(part) for part in ([place] if whole else place.split("+"))]
     return dataclasses.replace(_mean(runs), name=name or place)
 
@@ -92,10 +93,15 @@ def _open(place: str) -> Run:
 
 def _mean(runs: Sequence[Run]) -> Run:
     """Seeds of one training as one run: every score is the mean of theirs (4 decimals)."""
-    if len(runs) == 1:
-        return runs[0]
-    first = runs[0]
-    for run in runs[1:]:
+    first, *others = runs
+    if not others:
+        return first
+    if len({run.where for run in runs}) < len(runs):
+        raise ValueError(f"{first.where}: twice in a mean, expected different runs")
+    for run in others:
+        if run.name != first.name:
+            arms = f"{first.name!r} and {run.name!r}"
+            raise ValueError(f"{first.where} and {run.where}: {arms}, expected one arm in a mean")
         _check_pair(first, run)
 
     def of(part: str) -> dict[str, Any]:

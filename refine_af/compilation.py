@@ -212,14 +212,12 @@ def _not_split(shapes: Iterable[hlo.Shape], base: BaseModel) -> list[str]:
     params, model = jax.tree.leaves(base.params), base.config
     weights_ = {tuple(sorted(x.shape[i:])) for x in params for i in (0, 1)}
 
-    def is_of_head(shape: hlo.Shape) -> bool:
-        rest = model.vocab_size * model.embed_dim % math.prod(shape)
-        return len(shape) == 2 and model.embed_dim in shape and rest == 0
-
+    block = model.vocab_size // logprobs.num_blocks(model.vocab_size)
+    weights_.add(tuple(sorted((model.embed_dim, block))))
     return [
         f"every device computes all of {list(shape)}"
         for shape in sorted(shapes)
-        if base.mesh.size > 1 and tuple(sorted(shape)) not in weights_ and not is_of_head(shape)
+        if base.mesh.size > 1 and tuple(sorted(shape)) not in weights_
     ]
 
 
@@ -457,9 +455,11 @@ def shortage(figures: Figures) -> str:
 
 
 def remedy(program: str) -> str:
-    """What makes a program smaller on the same devices."""
+    """What makes a program smaller on a device."""
     if program in SAMPLING:
         return "lower ppo.batch_size, set ppo.int8_cache, or use more devices"
+    if program == "score":
+        return "lower ppo.batch_size, or use more devices"
     name = "sft" if program == "sft" else "ppo"
     return f"raise {name}.num_microbatches, set {name}.remat=full, or use more devices"
 

@@ -27,7 +27,7 @@ TRACKERS = ("tensorboard", "wandb")
 ESTIMATORS = ("gae", "rloo", "grpo")
 KL_CONTROLLERS = ("adaptive", "fixed")
 NORMALISATIONS = ("none", "batch")  # as they are; mean 0 and deviation 1 over the batch's answers
-FLOORS = ("unreadable", "dropped")  # answers without an output; and all that stage 3 drops
+FLOORS = ("unreadable", "dropped")  # answers without an output; and copies, and what ends in ":"
 FILTERS = ("none", "reward", "share")  # rows with so much reward; the best share of the rows
 PAPER_COMPONENTS = ("rew", "nat", "und", "coh")
 _NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?"
@@ -162,8 +162,8 @@ class Reward:
     normalise: str = "none"  # one of NORMALISATIONS
     clip_components: float = 0.0  # largest magnitude of each component; 0: no limit
     clip_reward: float = 0.0  # and of their sum; 0: no limit
-    floor: str = "dropped"  # one of FLOORS: whose reward is `unparsable` whatever the oracle says
-    unparsable: float = -1.0  # [U]
+    floor: str = "dropped"  # one of FLOORS: answers whose reward is `unparsable` [U]
+    unparsable: float = -1.0  # whatever the oracle would say [U]
     missing_end_penalty: float = 0.5  # subtracted when the answer was cut by length [U]
     cache: str = ""  # file of scores to be used again, by content; empty: the run's own
     timeout: float = 60.0  # seconds that an HTTP oracle has for an answer
@@ -436,6 +436,7 @@ class Mesh:
 
     data: int = 1
     fsdp: int = -1
+    sequence: int = 1  # columns of long texts, in training and scoring
     tensor: int = 1
 
 

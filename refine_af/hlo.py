@@ -138,9 +138,9 @@ def shapes_made(program: core.ClosedJaxpr, least: int) -> set[Shape]:
 def _shapes(jaxpr: core.Jaxpr, least: int) -> Iterator[Shape]:
     for equation in jaxpr.eqns:
         for variable in equation.outvars:
-            shape, dtype = _shape(variable), getattr(variable.aval, "dtype", None)
-            if dtype is not None and math.prod(shape) * dtype.itemsize >= least:
-                yield shape
+            dtype = getattr(variable.aval, "dtype", None)  # a token has none
+            if dtype is not None and math.prod(_shape(variable)) * dtype.itemsize >= least:
+                yield _shape(variable)
         if equation.primitive.name not in ("pallas_call", "shard_map"):
             for inner in _inner(equation.params):
                 yield from _shapes(inner, least)

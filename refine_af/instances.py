@@ -158,6 +158,6 @@ def select(
 def fault(pair: prompts.Pair | None, finish_reason: str) -> str | None:
     """Reason to drop an answer by itself, or None."""
     reason = prompts.fault(pair)
-    if finish_reason == "length" and reason not in ("unparsable", "empty_output"):
+    if finish_reason == "length" and reason not in prompts.UNREADABLE:
         return "truncated"
     return reason

@@ -121,7 +121,7 @@ def _stream(
 
     zeros = jnp.zeros(targets.shape, jnp.float32)
     start = (zeros + jnp.finfo(jnp.float32).min / 2, zeros, zeros, zeros)
-    blocks = jnp.arange(_num_blocks(config.vocab_size))
+    blocks = jnp.arange(num_blocks(config.vocab_size))
     (most, total, mean, chosen), _ = jax.lax.scan(block, start, blocks)
     normaliser = most + jnp.log(total)
     return chosen - normaliser, jnp.log(total) - mean / total, normaliser
@@ -156,7 +156,7 @@ def _pull(
         of_hidden, of_kernel = pull(slope)
         return total + of_hidden.astype(jnp.float32), of_kernel
 
-    blocks = jnp.arange(_num_blocks(config.vocab_size))
+    blocks = jnp.arange(num_blocks(config.vocab_size))
     of_hidden, of_kernel = jax.lax.scan(block, jnp.zeros(hidden.shape, jnp.float32), blocks)
     return of_hidden.astype(hidden.dtype), _whole(config, of_kernel)
 
@@ -180,14 +180,14 @@ def _logits(config: ModelConfig, heat: Array, hidden: Array, kernel: Array) -> F
 
 
 @functools.cache
-def _num_blocks(vocab: int) -> int:
+def num_blocks(vocab: int) -> int:
     """Smallest divisor that leaves blocks small enough; 1 where the vocabulary has none."""
     fits = (n for n in range(1, vocab // 1024 + 1) if vocab % n == 0 and vocab // n <= _ENTRIES)
     return next(fits, 1)
 
 
 def _split(config: ModelConfig) -> tuple[int, int, int]:
-    blocks = _num_blocks(config.vocab_size)
+    blocks = num_blocks(config.vocab_size)
     shards = math.gcd(config.vocab_size // blocks, _MOST_SHARDS)
     return shards, blocks, config.vocab_size // blocks // shards
 

@@ -102,13 +102,13 @@ def check_state(state: Any, params: Any, mesh: jax.sharding.Mesh, stage: str) ->
     """See to it that a train state and its gradient fit: the least that an update takes.
 
     Args:
-        state: shapes, as `jax.eval_shape` gives them; large arrays lie over fsdp and tensor.
+        state: shapes, as `jax.eval_shape` gives them; large arrays lie over all axes but data.
         params: the part of it that is trained.
 
     Raises:
         ValueError: they do not.
     """
-    parts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    parts = mesh.size // mesh.shape["data"]
     needed, free = (_num_bytes(state) + _num_bytes(params)) // parts, free_bytes(mesh)
     if needed > free:
         raise ValueError(

@@ -1,6 +1,5 @@
 """The device mesh and the one table that maps the models' logical axes to mesh axes."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,16 +8,17 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from refine_af import config as config_lib
-from refine_af.models import processes, transformer
+from refine_af.models import kernels, processes, transformer
 from refine_af.models.config import LoraConfig, ModelConfig
 
 Axes = tuple[str, ...]
 Rule = str | tuple[str, ...] | None  # mesh axes, more than one in order
 
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
 # Logical axis -> mesh axis. Every axis that a model names stands here exactly once.
 RULES: dict[str, Rule] = {
-    "embed": "fsdp",
+    "embed": ("fsdp", "sequence"),
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
@@ -30,24 +30,24 @@ RULES: dict[str, Rule] = {
     "buckets": None,  # of relative positions, and
     "bucket_heads": None,  # the few numbers that each of them has
 }
-# For decoding: weights are cut over `fsdp` as over `tensor`, so that partial products are added up
-# twice a layer, where the training layout would do so after every linear.
+# For decoding: weights are cut over all but `data` as over `tensor`, so that partial products are
+# added up twice a layer, where the training layout would do so after every linear.
 SAMPLING_RULES: dict[str, Rule] = {
     **RULES,
     "embed": None,
-    **{axis: ("fsdp", "tensor") for axis in ("vocab", "heads", "kv_heads", "hidden")},
+    **{axis: AXES[1:] for axis in ("vocab", "heads", "kv_heads", "hidden")},
 }
 
 
 def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.sharding.Mesh:
-    """Mesh with axes data, fsdp, tensor over all devices.
+    """Mesh with the axes `AXES` over all devices.
 
     Raises:
         ValueError: the axis sizes do not multiply to the number of devices.
     """
     devices = devices if devices is not None else jax.devices()
-    sizes = [config.data, config.fsdp, config.tensor]
-    named = f"data={sizes[0]} fsdp={sizes[1]} tensor={sizes[2]}"
+    sizes = [config.data, config.fsdp, config.sequence, config.tensor]
+    named = " ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     if sizes.count(-1) == 1 and all(size > 0 or size == -1 for size in sizes):
         known = int(np.prod([size for size in sizes if size != -1]))
         sizes[sizes.index(-1)] = len(devices) // known
@@ -56,8 +56,8 @@ def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.
             f"mesh {named}: the product must be the number of devices, {len(devices)}; "
             "give one axis as -1 to take the rest"
         )
-    auto = (AxisType.Auto,) * 3
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp", "tensor"), auto, devices=devices)
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, auto, devices=devices)
 
 
 def check(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
@@ -66,7 +66,12 @@ def check(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
     Raises:
         ValueError: an axis does not divide what it is there to divide.
     """
-    for axis, name in (("tensor", "num_heads"), ("tensor", "hidden_dim"), ("fsdp", "embed_dim")):
+    for axis, name in (
+        ("tensor", "num_heads"),
+        ("tensor", "hidden_dim"),
+        ("fsdp", "embed_dim"),
+        ("sequence", "embed_dim"),
+    ):
         size, parts = getattr(model, name), mesh.shape[axis]
         if size % parts:
             fitting = [n for n in range(1, parts) if mesh.size % n == 0 and size % n == 0]
@@ -79,14 +84,14 @@ def check(model: ModelConfig, mesh: jax.sharding.Mesh) -> None:
 def whole_heads(model: ModelConfig, mesh: jax.sharding.Mesh) -> str | None:
     """One line where sampling leaves attention and cache whole on devices that could share them."""
     claimed = spec(("kv_heads",), (model.num_kv_heads,), mesh, rules=SAMPLING_RULES)[0]
-    parts = math.prod(mesh.shape[name] for name in _names(claimed))
+    parts, together = kernels.num_parts(mesh, claimed), mesh.size // mesh.shape["data"]
     sizes = [n for n in range(1, mesh.size + 1) if mesh.size % n == model.num_kv_heads % n == 0]
-    if parts >= sizes[-1]:
+    if parts == together or parts >= sizes[-1]:
         return None
     return (
-        f"while sampling, {mesh.size // parts // mesh.shape['data']} devices hold the same cache: "
-        f"mesh fsdp*tensor={mesh.shape['fsdp'] * mesh.shape['tensor']} does not divide the model's "
-        f"{model.num_kv_heads} kv heads; take fsdp={sizes[-1]}, tensor=1, data=-1"
+        f"while sampling, {together // parts} devices hold the same cache: mesh fsdp*sequence*"
+        f"tensor={together} does not divide the model's {model.num_kv_heads} kv heads; take "
+        f"fsdp={sizes[-1]}, tensor=1, data=-1, which cuts the weights into {sizes[-1]}, too"
     )
 
 
@@ -165,8 +170,8 @@ def rows_split(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def attention_layout(mesh: jax.sharding.Mesh) -> NamedSharding:
-    """Sharding of queries [B, N, T, H] in training: rows over the batch axes, and heads."""
-    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, RULES["heads"]))
+    """Sharding of queries [B, N, T, H] in training: rows over the batch axes, heads, columns."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, RULES["heads"], "sequence"))
 
 
 def keep_rows_split(mesh: jax.sharding.Mesh, tree: Any) -> Any:
@@ -194,7 +199,7 @@ def shard_batch(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 
 def batch_parts(mesh: jax.sharding.Mesh) -> int:
     """Parts that a training batch is divided into."""
-    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+    return kernels.num_parts(mesh, BATCH_AXES)
 
 
 def slot_sharding(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:

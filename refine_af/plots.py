@@ -260,7 +260,7 @@ def answers(figure: Figure, rows: Sequence[Row]) -> None:
     titles = {
         "length/mean": "answer length (tokens)",
         "length/eos_rate": "share that end by themselves",
-        "reward/parsed_share": "share that parse",
+        "reward/usable_share": "share of use",
     }
     for key, axes in _panels(figure, rows, titles).items():
         if key != "length/mean":

@@ -95,15 +95,15 @@ def difference(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, An
 
 
 def _figures(rows: Sequence[records.Row]) -> dict[str, Any]:
-    """Means over the answers of an arm; components over those that could be read."""
-    readable = [row["components"] for row in rows if row["components"] is not None]
+    """Means over the answers of an arm; components over those without the floor reward."""
+    usable = [row["components"] for row in rows if row["components"] is not None]
     return {
         "reward": float(np.mean([row["reward"] for row in rows])),
         "kl": float(np.mean([row["kl"] for row in rows])),
         "tokens": float(np.mean([row["tokens"] for row in rows])),
         "ended": float(np.mean([row["finish_reason"] == "stop" for row in rows])),
-        "parsed": len(readable) / len(rows),
+        "usable": len(usable) / len(rows),
         "components": {
-            name: float(np.mean([c[name] for c in readable])) for name in next(iter(readable), {})
+            name: float(np.mean([c[name] for c in usable])) for name in next(iter(usable), {})
         },
     }

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from refine_af.models import processes
+
 _FIRST = 2  # the first steps of a start compile
 
 
@@ -15,7 +17,8 @@ class Profile:
     """What to trace: so many steps of a start, behind its first two.
 
     Attributes:
-        folder: `plugins/profile/DATE/` in it gets `HOST.xplane.pb` and `perfetto_trace.json.gz`.
+        folder: `plugins/profile/DATE/` in it gets `HOST.xplane.pb` and `perfetto_trace.json.gz`;
+            of several processes each has a folder of its own in it.
         num_steps: 0 for none.
     """
 
@@ -28,7 +31,7 @@ class Profile:
         with ExitStack() as stack:
             for step in steps:
                 if first and step == first[0]:
-                    stack.enter_context(_trace(self.folder))
+                    stack.enter_context(_trace(processes.own_folder(self.folder)))
                 with jax.profiler.StepTraceAnnotation("step", step_num=step):
                     yield step
                 if first and step == first[-1]:

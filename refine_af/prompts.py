@@ -10,6 +10,8 @@ from refine_af.seeds import SeedTask
 
 HEADER = "Come up with an example for each task: an input, which may be empty, and the output.\n\n"
 Pair = tuple[str, str]  # input and output of an answer
+UNREADABLE = ("unparsable", "empty_output")  # faults of an answer without an output
+_AROUND = " \"'\u201c\u201d\u2018\u2019.!?"  # quotes and the end of a sentence
 _INPUT = re.compile(r"^\s*Input:")  # a chat model says it again
 _OUTPUT = re.compile(r"\n\s*Output:")
 
@@ -67,20 +69,20 @@ def parse_instance(completion: str, *, accept_unmarked: bool) -> Pair | None:
 def fault(pair: Pair | None) -> str | None:
     """Reason to drop what an answer says, whatever the others say; or None.
 
-    Self-Instruct's rules (arXiv 2212.10560, appendix A), but that an output that differs from its
-    input in case, punctuation and spaces alone is the same.
+    Self-Instruct's rules (arXiv 2212.10560, appendix A), but that an output in other quotes, or
+    with another end, is a copy of its input, too.
     """
     if pair is None:
-        return "unparsable"
+        return UNREADABLE[0]
     text, output = pair
     if not output:
-        return "empty_output"
-    if text == output or (_words(text) and _words(text) == _words(output)):
+        return UNREADABLE[1]
+    if text == output or (_bare(text) and _bare(text) == _bare(output)):
         return "input_equals_output"
     if text.endswith(":") or output.endswith(":"):
         return "ends_with_colon"
     return None
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+def _bare(text: str) -> str:
+    return " ".join(text.split()).strip(_AROUND)

@@ -46,7 +46,7 @@ _FIGURES = {
     "kl": "KL from the starting model (nats per answer)",
     "tokens": "length (tokens)",
     "ended": "share that end by themselves",
-    "parsed": "share with a usable output",
+    "usable": "share with a usable output",
 }
 
 _INSTRUCTION_REASONS = {
@@ -168,7 +168,7 @@ def _component_names(rows: Sequence[Row]) -> list[str]:
     """Components that the oracle gave, the paper's first in its order."""
     paper = ("rew", "nat", "und", "coh")
     names = {key.removeprefix("reward/") for row in rows for key in row if key[:7] == "reward/"}
-    names -= {"mean", "std", "parsed_share"}
+    names -= {"mean", "std", "usable_share"}
     return [n for n in paper if n in names] + sorted(names.difference(paper))
 
 

@@ -46,7 +46,7 @@ class Oracle(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Reward of one answer; `components` as the oracle gave them, None for an unusable answer."""
+    """Reward of one answer; `components` as the oracle gave them, None where it is the floor."""
 
     reward: float
     components: dict[str, float] | None
@@ -61,7 +61,7 @@ def judge(
     """Rewards of a batch of answers.
 
     Args:
-        examples: None for an answer without a usable output, which gets `options.unparsable`.
+        examples: None for an answer that gets the floor reward, `options.unparsable`.
         ended: whether the answer came to its end; otherwise `missing_end_penalty` is subtracted.
 
     Raises:

@@ -17,16 +17,16 @@ def of(completions: Sequence[Completion], judgements: Sequence[Judgement]) -> di
     """
     scores = np.asarray([j.reward for j in judgements])
     lengths = np.asarray([len(c.token_ids) for c in completions])
-    readable = [j.components for j in judgements if j.components is not None]
+    usable = [j.components for j in judgements if j.components is not None]
     means = {
-        f"reward/{name}": float(np.mean([c[name] for c in readable]))
-        for name in (readable[0] if readable else ())
+        f"reward/{name}": float(np.mean([c[name] for c in usable]))
+        for name in (usable[0] if usable else ())
     }
     return {
         **means,
         "reward/mean": float(scores.mean()),
         "reward/std": float(scores.std()),
-        "reward/parsed_share": len(readable) / len(judgements),
+        "reward/usable_share": len(usable) / len(judgements),
         "length/mean": float(lengths.mean()),
         "length/std": float(lengths.std()),
         "length/max": float(lengths.max()),

@@ -34,7 +34,7 @@ FIGURES = [
     "Wall-clock time of the stages",
 ]
 PPO_KEYS = [
-    *(f"reward/{key}" for key in ("std", "rew", "nat", "und", "coh", "parsed_share")),
+    *(f"reward/{key}" for key in ("std", "rew", "nat", "und", "coh", "usable_share")),
     *(f"kl/{key}" for key in ("k1", "k3", "coef")),
     *(f"length/{key}" for key in ("mean", "eos_rate")),
     *(
@@ -125,7 +125,7 @@ def write_stage_files(path: Path) -> None:
             "kl": 1.5 * late,
             "tokens": 9.0,
             "ended": 1.0,
-            "parsed": 0.5,
+            "usable": 0.5,
             "components": {"rew": 1.0 + late},
         }
         for late in (0, 1)

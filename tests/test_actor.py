@@ -12,7 +12,7 @@ from refine_af.requests import Completion
 
 TEXTS = [
     " 1\nOutput: 2",
-    " A red hat.\nOutput: a red hat",  # stage 3 drops a copy
+    " A red hat.\nOutput: A red hat",  # stage 3 drops a copy
     " 1\nOutput: such as:",
     " 1\nOutput:",
     "1",
@@ -30,6 +30,6 @@ def test_answers_that_are_of_no_use_get_the_floor(floor: str, asked: int) -> Non
     answers = actor.judge(Batch([], ["Do it."] * 5), completions)
     rewards = [judgement.reward for judgement in answers.judgements]
     assert rewards == [1.0] * asked + [-3.0] * (5 - asked)
-    assert [row["output"] for row in answers.rows()][:asked] == ["2", "a red hat", "such as:"][
+    assert [row["output"] for row in answers.rows()][:asked] == ["2", "A red hat", "such as:"][
         :asked
     ]

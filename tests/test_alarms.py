@@ -18,7 +18,7 @@ SOUND = {
     "ppo/entropy": 2.0,
     "ppo/grad_norm": 3.0,
     "reward/std": 0.5,
-    "reward/parsed_share": 0.9,
+    "reward/usable_share": 0.9,
     "length/mean": 40.0,
     "length/eos_rate": 0.9,
     "drift/logprob_max": 0.1,
@@ -127,10 +127,10 @@ def spoken(rows: list[dict[str, float]]) -> dict[int, list[str]]:
             "raise ppo.sampling.max_new_tokens",
         ),
         (
-            {"reward_parsed_share": [0.25, 0.25]},  # from the start
+            {"reward_usable_share": [0.25, 0.25]},  # from the start
             0,
-            "unparsable answers",
-            "reward/parsed_share is 0.25, below 0.5",
+            "useless answers",
+            "reward/usable_share is 0.25, below 0.5",
             "raise prompts.num_demos",
         ),
         (
@@ -222,7 +222,7 @@ def test_a_resumed_run_says_what_an_undisturbed_one_says() -> None:
 def test_advice_names_fields_that_exist() -> None:
     """Every dotted name of a section in a message is a field of that section."""
     bad = {"kl/k1": 99.0, "kl/k3": 99.0, "ppo/entropy": 0.0, "reward/std": 0.0, "repetition": 1.0}
-    bad |= {"length/mean": 9e3, "length/eos_rate": 0.0, "reward/parsed_share": 0.0}
+    bad |= {"length/mean": 9e3, "length/eos_rate": 0.0, "reward/usable_share": 0.0}
     bad |= {"drift/logprob_max": 9.0}
     lines = [line for said in spoken([SOUND] * 3 + [bad] * 3).values() for line in said]
     lines += alarms.check(history(kl_k1=[-9.0]), OPTIONS)

@@ -306,15 +306,19 @@ def test_a_kernel_serves_the_whole_decoder(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("mesh", "remat"),
-    [(Mesh(data=2, fsdp=2, tensor=2), "none"), (Mesh(fsdp=4, tensor=2), "full")],
+    [
+        (Mesh(data=2, fsdp=2, tensor=2), "none"),
+        (Mesh(fsdp=2, sequence=2, tensor=2), "full"),
+        (Mesh(fsdp=1, sequence=8), "cheap"),
+    ],
 )
-def test_a_kernel_works_on_each_device_s_rows_and_heads(
+def test_a_kernel_works_on_each_device_s_rows_heads_and_columns(
     mesh: Mesh, remat: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and gradients of the decoder on eight devices, kernel against reference."""
     c = config(4, 2, 16, num_layers=2, sliding_window=40, global_layers=(1,))
-    params, ids = random_params(c), jnp.arange(512).reshape(4, 128) % 90
-    start = jnp.where(jnp.arange(128) < 50, 0, 50)[None].repeat(4, 0)
+    params, ids = random_params(c), jnp.arange(4096).reshape(4, 1024) % 90
+    start = jnp.where(jnp.arange(1024) < 500, 0, 500)[None].repeat(4, 0)
     layout = attention_layout(make_mesh(mesh))
 
     def results(c: ModelConfig) -> Any:
@@ -336,12 +340,17 @@ def test_a_kernel_works_on_each_device_s_rows_and_heads(
     )
 
 
-def test_rows_or_heads_that_do_not_divide_are_refused() -> None:
+def test_what_does_not_divide_is_refused() -> None:
     c = dataclasses.replace(LLAMA, attention_kernel="splash", num_kv_heads=1)
-    layout = attention_layout(make_mesh(Mesh(data=2, fsdp=2, tensor=2)))
-    for num_rows, message in ((3, "3 rows do not divide among 4"), (4, "1 kv heads do not divide")):
+    short = attention_layout(make_mesh(Mesh(data=2, fsdp=2, tensor=2)))
+    long = attention_layout(make_mesh(Mesh(fsdp=1, sequence=8)))
+    for num_rows, layout, message in (
+        (3, short, "3 rows do not divide among 4"),
+        (4, short, "1 kv heads do not divide among 2"),
+        (1, long, "4 blocks do not divide among 8"),
+    ):
         with pytest.raises(ValueError, match=message):
-            attention.kernel_for(c, num_rows, 128, layout)
+            attention.kernel_for(c, num_rows, 512, layout)
 
 
 # Caches

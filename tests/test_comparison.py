@@ -206,15 +206,22 @@ def test_several_seeds_stand_for_one_run_by_their_means(tmp_path: Path) -> None:
     assert comparison.open_run(f"{plus}:base").scores["all"] == arm_of(BEFORE, CATEGORIES)["all"]
     one = write_run(tmp_path / "one", base=BEFORE)
     two = write_run(tmp_path / "two", base=AFTER, refine_af=BEFORE)
-    found = comparison.open_run(f"seeds={one}+{two}:base")
+    found = comparison.open_run(f"seeds={one}:base+{two}:base")
     middle = {"sums": [15.0, 25.0, 35.0], "products": [50.0, 50.0], "rhymes": [20.0, 60.0]}
     assert (found.name, found.instances) == ("seeds", singles(middle))
     assert found.scores == arm_of(middle, CATEGORIES)
     assert found.where == f"{one / 'evaluation.json'}, {two / 'evaluation.json'}"
     assert comparison.open_run(f"{one}+{two}:base").name == f"{one}+{two}:base"
+    assert comparison.open_run(f"{two}:base+{one}").instances == singles(middle)
     other = write_run(tmp_path / "other", base={"sums": BEFORE["sums"]})
     with pytest.raises(ValueError, match=r"only one has scores of the task 'products'"):
         comparison.open_run(f"{one}+{other}")
+    with pytest.raises(ValueError, match=r"evaluation.json: 'base model' and 'REFINE-AF', expect"):
+        comparison.open_run(f"{one}+{two}")
+    with pytest.raises(ValueError, match=r"evaluation.json: twice in a mean, expected different"):
+        comparison.open_run(f"{one}+{one}")
+    with pytest.raises(ValueError, match=r"^evaluation.json: no such file; expected"):
+        comparison.open_run(f"{one}+")
 
 
 def test_what_is_no_run(tmp_path: Path) -> None:

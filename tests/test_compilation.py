@@ -167,14 +167,16 @@ def test_the_program_prints_and_exits_1_where_something_does_not_fit(
     good = program("compile_check", *ARGS, "--print_sharding")
     assert good.code == 0
     assert "layers/attention/q/kernel" in good.out
-    assert "P(None, 'fsdp', 'tensor')" in good.out
+    assert "P(None, ('fsdp', 'sequence'), 'tensor')" in good.out
     assert "score: compiled in" in good.out
     assert "x all-" in good.out
     with monkeypatch.context() as patch:
         patch.setattr(compilation, "compiled", refuse)
         bad = program("compile_check", *ARGS)
         assert bad.code == 1
-        assert bad.out == f"score: does not fit: 88 GiB; {compilation.remedy('score')}\n"
+        assert bad.out == (
+            "score: does not fit: 88 GiB; lower ppo.batch_size, or use more devices\n"
+        )
     monkeypatch.setattr(compilation, "memory_of", lambda *_: 1000)
     bad = program("compile_check", *ARGS)
     assert bad.code == 1

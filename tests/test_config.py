@@ -415,17 +415,17 @@ def test_a_faulty_override_is_refused(
 @pytest.mark.parametrize(
     ("value", "sizes"),
     [
-        ("data:2,fsdp:4,tensor:2", (2, 4, 2)),
-        ("tensor:2,data:-1", (-1, 1, 2)),
-        ("fsdp:8", (1, 8, 1)),
+        ("data:2,fsdp:4,tensor:2", (2, 4, 1, 2)),
+        ("tensor:2,data:-1", (-1, 1, 1, 2)),
+        ("fsdp:8,sequence:2", (1, 8, 2, 1)),
     ],
 )
 def test_a_mesh_is_one_override(
-    value: str, sizes: tuple[int, int, int], parse: Callable[..., Experiment]
+    value: str, sizes: tuple[int, ...], parse: Callable[..., Experiment]
 ) -> None:
     """Axes that are not named are 1."""
     mesh = parse("--config=tiny", f"--config.mesh={value}").mesh
-    assert (mesh.data, mesh.fsdp, mesh.tensor) == sizes
+    assert dataclasses.astuple(mesh) == sizes
 
 
 def test_a_file_may_write_a_float_as_a_whole_number(

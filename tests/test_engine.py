@@ -417,9 +417,9 @@ def test_two_claims_to_one_mesh_axis_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({}, (1, 8, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": -1, "fsdp": 2}, (4, 2, 1)),
+        ({}, (1, 8, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"data": -1, "fsdp": 2}, (4, 2, 1, 1)),
     ],
     ids=str,
 )

@@ -45,9 +45,9 @@ def test_pieces_are_the_whole(
     """Values, and gradients by hidden states and by the head, of both results."""
     monkeypatch.setattr(logprobs, "_POSITIONS", positions)
     monkeypatch.setattr(logprobs, "_ENTRIES", entries)
-    logprobs._num_blocks.cache_clear()
+    logprobs.num_blocks.cache_clear()
     config = dataclasses.replace(TINY, tie_embeddings=tied, logit_softcap=softcap)
-    assert logprobs._num_blocks(config.vocab_size) == -(-config.vocab_size // entries)
+    assert logprobs.num_blocks(config.vocab_size) == -(-config.vocab_size // entries)
     params, hidden, targets = arrays(config)
     definition = transformer.define(config)
     factors = np.random.default_rng(0).normal(size=(2, BATCH, LENGTH)).astype(np.float32)
@@ -62,7 +62,7 @@ def test_pieces_are_the_whole(
         )
         for of in (logprobs.of_targets, plain)
     ]
-    logprobs._num_blocks.cache_clear()
+    logprobs.num_blocks.cache_clear()
     for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5, rtol=1e-5)
 
@@ -101,9 +101,9 @@ def test_a_certain_token_has_no_entropy() -> None:
 
 @pytest.mark.parametrize("vocab", [32_000, 49_152, 50_257, 128_256, 151_936, 262_144])
 def test_blocks_are_equal_and_small(vocab: int) -> None:
-    blocks = logprobs._num_blocks(vocab)
+    blocks = logprobs.num_blocks(vocab)
     assert vocab % blocks == 0 and vocab // blocks <= logprobs._ENTRIES
 
 
 def test_a_vocabulary_without_divisors_stays_whole() -> None:
-    assert logprobs._num_blocks(50_021) == 1
+    assert logprobs.num_blocks(50_021) == 1

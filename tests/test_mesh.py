@@ -70,11 +70,14 @@ def test_a_mesh_of_other_devices_is_refused(axes: dict[str, int]) -> None:
         (8, {"fsdp": 8}, None),
         (4, {"data": 2, "fsdp": 4}, None),
         (3, {"fsdp": 8}, None),
+        (8, {"data": 8, "fsdp": 1}, None),
+        (8, {"data": 2, "fsdp": 4}, None),
         (
             4,
             {"fsdp": 8},
-            "while sampling, 8 devices hold the same cache: mesh fsdp*tensor=8 does not divide the "
-            "model's 4 kv heads; take fsdp=4, tensor=1, data=-1",
+            "while sampling, 8 devices hold the same cache: mesh fsdp*sequence*tensor=8 does not "
+            "divide the model's 4 kv heads; take fsdp=4, tensor=1, data=-1, which cuts the weights "
+            "into 4, too",
         ),
         (
             20,

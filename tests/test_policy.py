@@ -70,7 +70,7 @@ def test_the_engine_samples_what_is_trained(options: Ppo) -> None:
 
 @pytest.mark.slow
 def test_all_weights_on_a_mesh_are_those_on_one_device() -> None:
-    state, metrics = update(ALL, sizes=(1, 8, 1))
+    state, metrics = update(ALL, sizes=(1, 8, 1, 1))
     expected_state, expected_metrics = update(ALL)
     assert_close(metrics, expected_metrics, 1e-5)
     assert_close(state, expected_state, 1e-5)

@@ -144,7 +144,7 @@ def test_activations_stay_where_their_rows_are() -> None:
 
     The compiler's own choice, with nothing said, is to gather the batch.
     """
-    home = base((1, 8, 1))
+    home = base((1, 8, 1, 1))
     rows = shard_batch(home.mesh, pack(answers()[1], layout=SPLIT))
     places = rollout.Places(rows.tokens, rows.start, rows.columns)
 
@@ -161,7 +161,7 @@ def test_activations_stay_where_their_rows_are() -> None:
 
     stream = rows.tokens.size * home.config.embed_dim
     definition = home.adapted(OPTIONS.lora)
-    assert largest(definition) < stream <= largest(dataclasses.replace(definition, rows=None))
+    assert largest(definition) < stream <= largest(dataclasses.replace(definition, layout=None))
 
 
 GRPO = dataclasses.replace(GROUPS, estimator="grpo")
@@ -170,12 +170,15 @@ GRPO = dataclasses.replace(GROUPS, estimator="grpo")
 @pytest.mark.parametrize(
     ("options", "sizes"),
     [
-        (OPTIONS, (2, 2, 2)),
+        (OPTIONS, (2, 2, 1, 2)),
         *(
             pytest.param(options, sizes, marks=pytest.mark.slow)
             for options, sizes in [
-                *((OPTIONS, sizes) for sizes in ((8, 1, 1), (1, 8, 1), (2, 1, 4))),
-                *((options, (2, 2, 2)) for options in (SEPARATE, GROUPS, GRPO)),
+                *(
+                    (OPTIONS, sizes)
+                    for sizes in ((8, 1, 1, 1), (1, 8, 1, 1), (2, 1, 4, 1), (2, 1, 1, 4))
+                ),
+                *((options, (2, 2, 1, 2)) for options in (SEPARATE, GROUPS, GRPO)),
             ]
         ),
     ],

@@ -69,14 +69,14 @@ def test_both_arms_are_written_with_their_figures(tmp_path: Path) -> None:
     assert summary["difference"]["mean"] == 1.75
     before, after = summary["before"], summary["after"]
     assert before["reward"] == 0.75 and before["components"]["reward"] == pytest.approx(8 / 3)
-    assert before["parsed"] == 0.75 and before["kl"] == 0.0
+    assert before["usable"] == 0.75 and before["kl"] == 0.0
     assert after == {
         "reward": 2.5,
         "components": {"reward": 3.0},
         "kl": 1.5,
         "tokens": 4.0,
         "ended": 0.5,
-        "parsed": 1.0,
+        "usable": 1.0,
     }
     rows = records.read_rows(tmp_path / ppo_evaluation.ANSWERS)
     assert [row["arm"] for row in rows] == ["before"] * 4 + ["after"] * 4

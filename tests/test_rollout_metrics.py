@@ -27,7 +27,7 @@ def test_figures_of_three_answers_by_hand() -> None:
         "reward/coh": 2.5,
         "reward/mean": 3.0,
         "reward/std": pytest.approx((14 / 3) ** 0.5),
-        "reward/parsed_share": pytest.approx(2 / 3),
+        "reward/usable_share": pytest.approx(2 / 3),
         "length/mean": 5.0,
         "length/std": pytest.approx((26 / 3) ** 0.5),
         "length/max": 9.0,
@@ -38,11 +38,11 @@ def test_figures_of_three_answers_by_hand() -> None:
 
 def test_a_rollout_without_a_usable_answer_has_no_components() -> None:
     figures = rollout_metrics.of([answer(1)] * 2, [Judgement(-1.0, None)] * 2)
-    assert figures["reward/parsed_share"] == 0
+    assert figures["reward/usable_share"] == 0
     assert [name for name in figures if name.startswith("reward/")] == [
         "reward/mean",
         "reward/std",
-        "reward/parsed_share",
+        "reward/usable_share",
     ]
     assert all(type(value) is float for value in figures.values())
 

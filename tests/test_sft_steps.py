@@ -105,8 +105,8 @@ def plain_losses(model: Torch, prompt: list[int], response: list[int]) -> torch.
     ("options", "layout", "sizes"),
     [
         (LORA, ALONE, ONE_DEVICE),
-        (LORA, SPLIT, (2, 2, 2)),
-        pytest.param(FULL, SPLIT, (1, 8, 1), marks=pytest.mark.slow),
+        (LORA, SPLIT, (2, 2, 1, 2)),
+        pytest.param(FULL, SPLIT, (1, 8, 1, 1), marks=pytest.mark.slow),
     ],
     ids=["alone", "mesh", "full-mesh"],
 )

@@ -49,14 +49,14 @@ BOTH_CUTS = dataclasses.replace(HOT, top_p=0.8)
 GROUPS = dataclasses.replace(ONE_STEP, group_size=4, estimator="rloo", sampling=COLD)
 EOS = tuple(range(4, 34))  # so many that random text ends now and then
 
-Sizes = tuple[int, int, int]  # of a mesh
-ONE_DEVICE: Sizes = (1, 1, 1)
+Sizes = tuple[int, int, int, int]  # of a mesh
+ONE_DEVICE: Sizes = (1, 1, 1, 1)
 
 
 @functools.cache
 def base(sizes: Sizes = ONE_DEVICE) -> BaseModel:
     """Random weights with logits of order 1."""
-    axes = config_lib.Mesh(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])
+    axes = config_lib.Mesh(**dict(zip(mesh_lib.AXES, sizes, strict=True)))
     mesh = mesh_lib.make_mesh(axes, jax.devices()[: int(np.prod(sizes))])
     rng = np.random.default_rng(0)
 
