@@ -1,7 +1,7 @@
 """Write report.html from whatever stages have run in a workdir, or compare evaluated runs.
 
-With --workdir: the report of a run. With --compare and --output: comparison.json, comparison.md and
-report.html of two or more runs side by side.
+With --workdir: the report of a run. With --compare and --output: comparison.json, comparison.md,
+gains.png and report.html of two or more runs side by side.
 """
 
 from pathlib import Path

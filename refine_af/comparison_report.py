@@ -10,13 +10,14 @@ from markupsafe import Markup
 from refine_af import comparison, plots
 from refine_af.comparison import Run
 from refine_af.pages import environment
-from refine_af.records import write_text
+from refine_af.records import write_bytes, write_text
 
 JSON, MARKDOWN, PAGE = "comparison.json", "comparison.md", "report.html"
+PLOT = "gains.png"
 
 
 def write_comparison(runs: Sequence[Run], directory: Path, seed: int = 0) -> dict[str, Any]:
-    """Compare runs; write `comparison.json`, `comparison.md` and `report.html` into a directory.
+    """Compare runs; write `comparison.json` and `.md`, `report.html` and `gains.png`.
 
     Returns:
         What `comparison.compare` does.
@@ -29,27 +30,30 @@ def write_comparison(runs: Sequence[Run], directory: Path, seed: int = 0) -> dic
     write_text(directory / MARKDOWN, to_markdown(found))
     page = environment().get_template("comparison.html.j2").render(comparison=section(found))
     write_text(directory / PAGE, page)
+    image = plots.png(plots.FULL_WIDTH, 300)(plots.draw_gains)(_panels(found))
+    write_bytes(directory / PLOT, image)
     return found
 
 
 def section(found: Mapping[str, Any]) -> dict[str, Any]:
-    """What `comparison_section.html.j2` shows of a comparison.
+    """What `comparison_section.html.j2` shows of a comparison."""
+    return {
+        **found,
+        "by_name": {run["name"]: run for run in found["runs"]},
+        "method_text": method(found),
+        "figure": Markup(plots.gains(_panels(found))),
+    }
 
-    The figure has a panel for the last run against each of the others.
-    """
+
+def _panels(found: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, comparison.Interval]]]:
+    """What the figure shows: gains of the last run against each of the others."""
     last = found["runs"][-1]["name"]
-    panels = {
+    return {
         f"{last} against {pair['first']}": {
             name: (row["gain"], row["gain_interval"]) for name, row in pair["tasks"].items()
         }
         for pair in found["pairs"]
         if pair["second"] == last
-    }
-    return {
-        **found,
-        "by_name": {run["name"]: run for run in found["runs"]},
-        "method_text": method(found),
-        "figure": Markup(plots.gains(panels)),
     }
 
 

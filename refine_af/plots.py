@@ -32,7 +32,7 @@ _P = ParamSpec("_P")
 
 BLUE, ORANGE = "#3d85d8", "#d9751e"
 _INK = "#010203"  # stands for the colour of the page's text until the SVG is written
-_FULL_WIDTH = 1000
+FULL_WIDTH = 1000
 _HALF_WIDTH = 490
 _ROW_HEIGHT = 25  # of one bar or one pair of dots
 _MAX_LABEL = 46  # characters
@@ -148,7 +148,7 @@ def png(
 # Reliability, a file of its own
 
 
-@png(_FULL_WIDTH, 270)
+@png(FULL_WIDTH, 270)
 def calibration(figure: Figure, curves: Mapping[str, tuple[Sequence[float], ...]]) -> None:
     """A panel for each head: what it predicts against what is the case.
 
@@ -216,7 +216,7 @@ def _step_axis(axes: Axes) -> None:
     axes.margins(x=0.02)
 
 
-@inline_svg(_FULL_WIDTH, 300)
+@inline_svg(FULL_WIDTH, 300)
 def reward(figure: Figure, rows: Sequence[Row]) -> None:
     """Mean reward of each PPO step, in a band of one standard deviation to each side."""
     steps, means = _series(rows, "reward/mean")
@@ -232,7 +232,7 @@ def reward(figure: Figure, rows: Sequence[Row]) -> None:
     axes.set_ylabel("reward")
 
 
-@inline_svg(_FULL_WIDTH, 230)
+@inline_svg(FULL_WIDTH, 230)
 def reward_components(figure: Figure, rows: Sequence[Row], names: Sequence[str]) -> None:
     """The scores that the reward is made of, one panel each, on their own scales."""
     known = {
@@ -244,7 +244,7 @@ def reward_components(figure: Figure, rows: Sequence[Row], names: Sequence[str])
     _panels(figure, rows, {f"reward/{name}": known.get(name, name) for name in names})
 
 
-@inline_svg(_FULL_WIDTH, 250)
+@inline_svg(FULL_WIDTH, 250)
 def divergence(figure: Figure, rows: Sequence[Row]) -> None:
     """KL from the starting model by the k1 and k3 estimators, and the coefficient against it."""
     titles = {"kl/k1": "KL per answer (nats)", "kl/coef": "KL coefficient"}
@@ -254,7 +254,7 @@ def divergence(figure: Figure, rows: Sequence[Row]) -> None:
         panels["kl/k1"].legend()
 
 
-@inline_svg(_FULL_WIDTH, 250)
+@inline_svg(FULL_WIDTH, 250)
 def answers(figure: Figure, rows: Sequence[Row]) -> None:
     """Length of the sampled answers, the share that end by themselves and the share that parse."""
     titles = {
@@ -267,7 +267,7 @@ def answers(figure: Figure, rows: Sequence[Row]) -> None:
             axes.set_ylim(-0.03, 1.03)
 
 
-@inline_svg(_FULL_WIDTH, 250)
+@inline_svg(FULL_WIDTH, 250)
 def policy(figure: Figure, rows: Sequence[Row]) -> None:
     """How far each update moves the policy: clip fraction, entropy and largest ratio."""
     titles = {
@@ -278,7 +278,7 @@ def policy(figure: Figure, rows: Sequence[Row]) -> None:
     _panels(figure, rows, titles)
 
 
-@inline_svg(_FULL_WIDTH, 250)
+@inline_svg(FULL_WIDTH, 250)
 def critic(figure: Figure, rows: Sequence[Row]) -> None:
     """Loss of the value head and the share of the returns' variance that it explains."""
     titles = {"ppo/value_loss": "value loss", "ppo/explained_variance": "explained variance"}
@@ -287,7 +287,7 @@ def critic(figure: Figure, rows: Sequence[Row]) -> None:
         panels["ppo/explained_variance"].set_ylim(top=1.03)
 
 
-@inline_svg(_FULL_WIDTH, 280)
+@inline_svg(FULL_WIDTH, 280)
 def finetuning_loss(figure: Figure, rows: Sequence[Row]) -> None:
     """Training loss of the supervised fine-tuning, with the held-out loss where it was taken."""
     if not _series(rows, "loss")[0]:
@@ -349,7 +349,7 @@ def _bar_rows(
     return axes
 
 
-@inline_svg(_FULL_WIDTH, 300)
+@inline_svg(FULL_WIDTH, 300)
 def verbs(figure: Figure, counts: Mapping[tuple[str, str], int]) -> None:
     """The most frequent leading verbs, each bar divided by the objects of the verb.
 
@@ -365,7 +365,7 @@ def verbs(figure: Figure, counts: Mapping[tuple[str, str], int]) -> None:
     axes = _bar_rows(figure, [verb for verb, _ in ranked])
     axes.set_xlabel("instructions")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    pixels_per_count = 0.8 * _FULL_WIDTH / ranked[0][1].total()
+    pixels_per_count = 0.8 * FULL_WIDTH / ranked[0][1].total()
     for row, (_, nouns) in enumerate(ranked):
         _object_bar(axes, row, nouns, pixels_per_count)
 
@@ -394,7 +394,7 @@ def _object_bar(axes: Axes, row: int, nouns: Counter[str], pixels_per_count: flo
     axes.text(left + rest + 4 * gap, row, names, va="center", fontsize=11, alpha=0.7)
 
 
-@inline_svg(_FULL_WIDTH, 300)
+@inline_svg(FULL_WIDTH, 300)
 def evaluation(figure: Figure, scores: Mapping[str, Mapping[str, float]]) -> None:
     """ROUGE-L of every task before and after, largest gain at the top.
 
@@ -408,7 +408,7 @@ def evaluation(figure: Figure, scores: Mapping[str, Mapping[str, float]]) -> Non
         axes.set_xlim(-1, 101)
 
 
-@inline_svg(_FULL_WIDTH, 300)
+@inline_svg(FULL_WIDTH, 300)
 def held_out(figure: Figure, rewards: Mapping[str, Mapping[str, float]]) -> None:
     """Reward of every held-out instruction before and after, largest gain at the top.
 
@@ -450,7 +450,7 @@ def _paired(figure: Figure, scores: Mapping[str, Mapping[str, float]]) -> Axes |
     return axes
 
 
-@inline_svg(_FULL_WIDTH, 300)
+@inline_svg(FULL_WIDTH, 300)
 def timings(figure: Figure, seconds: Mapping[str, float]) -> None:
     """Wall-clock time of each stage in the order of the run."""
     if not seconds:
@@ -464,8 +464,7 @@ def timings(figure: Figure, seconds: Mapping[str, float]) -> None:
     axes.set_xlabel(unit)
 
 
-@inline_svg(_FULL_WIDTH, 300)
-def gains(figure: Figure, panels: Mapping[str, Mapping[str, tuple[float, Any]]]) -> None:
+def draw_gains(figure: Figure, panels: Mapping[str, Mapping[str, tuple[float, Any]]]) -> None:
     """Gain in ROUGE-L of every task with its interval, largest gain of the first panel at the top.
 
     Args:
@@ -489,3 +488,6 @@ def gains(figure: Figure, panels: Mapping[str, Mapping[str, tuple[float, Any]]])
         axes.set_title(_short(title, 110 // len(panels)))
         axes.set_xlim(-furthest, furthest)
         axes.set_xlabel("gain in ROUGE-L")
+
+
+gains = inline_svg(FULL_WIDTH, 300)(draw_gains)

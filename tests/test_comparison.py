@@ -292,7 +292,8 @@ def test_a_page_of_its_own(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     comparison_report.write_comparison(runs, tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-    assert len(before) == 3
+    assert len(before) == 4
+    assert before[tmp_path / "gains.png"].startswith(b"\x89PNG")
 
 
 def test_tasks_of_the_figure_are_ordered_by_the_first_gain() -> None:
