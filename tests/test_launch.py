@@ -54,7 +54,7 @@ pytestmark = pytest.mark.usefixtures("only_its_own_flags")
         ("--config.ppo.num_steps=0", "ppo.num_steps=0: expected at least 1"),
         (
             "--config.mesh=data:3",
-            "mesh data=3 fsdp=1 tensor=1: the product must be the number of devices, "
+            "mesh data=3 fsdp=1 sequence=1 tensor=1: the product must be the number of devices, "
             f"{jax.device_count()}; give one axis as -1 to take the rest",
         ),
         ("--config=tinny", f"--config=tinny: {NOT_FOUND}; did you mean tiny?"),
