@@ -179,9 +179,7 @@ def kernel_for(
     obstacle = kernels.obstacle(name, config, num_rows, length, layout)
     if obstacle is None:
         kernel = kernels.KERNELS[name]
-        if name == "cudnn" or layout is None:  # JAX splits cuDNN's by itself
-            return kernel
-        return functools.partial(kernel, layout=layout)
+        return kernel if layout is None else functools.partial(kernel, layout=layout)
     if config.attention_kernel == "auto":
         return None
     raise ValueError(f"attention_kernel={name!r}: {obstacle}")

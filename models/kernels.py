@@ -6,13 +6,13 @@ the scores. Axis letters as in `layers`.
 
 import functools
 import math
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_lib
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -34,8 +34,13 @@ class Kernel(Protocol):
         window: int | None,
         scale: float,
         softcap: float | None,
+        layout: NamedSharding | None = None,
     ) -> Float[Array, "B N T H"]:
-        """Causal; columns before a query's `start` are hidden, and those `window` or more back."""
+        """Causal; columns before a query's `start` are hidden, and those `window` or more back.
+
+        Args:
+            layout: of the queries over the devices; None: one device, or as the compiler likes.
+        """
 
 
 def obstacle(
@@ -68,7 +73,7 @@ def obstacle(
     return None
 
 
-def num_parts(mesh: jax.sharding.Mesh, axes: str | tuple[str, ...] | None) -> int:
+def num_parts(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
     """Parts that these axes of a mesh cut an array's axis into."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
@@ -83,8 +88,10 @@ def cudnn(
     window: int | None,
     scale: float,
     softcap: float | None,
+    layout: NamedSharding | None = None,
 ) -> Float[Array, "B N T H"]:
     """FlashAttention (arXiv 2307.08691) of cuDNN, through `jax.nn.dot_product_attention`."""
+    del layout  # the compiler splits it
     assert softcap is None
     length = query.shape[2]
     # A padding query would see nothing, and softmax of nothing is NaN: it sees itself instead.
@@ -166,8 +173,8 @@ def _by_rows(
     of_query: Int[Array, "B Q"],
     of_key: Int[Array, "B T"],
 ) -> Float[Array, "B N Q H"]:
-    mixed: Array = jax.vmap(kernel)(query, keys, values, splash_lib.SegmentIds(of_query, of_key))
-    return mixed
+    mixed = jax.vmap(kernel)(query, keys, values, splash_lib.SegmentIds(of_query, of_key))
+    return cast(Array, mixed)  # residuals come with it only where they are asked for
 
 
 @functools.cache

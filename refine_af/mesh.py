@@ -105,7 +105,8 @@ def spec(
     """Partition of an array with logical `axes`.
 
     An axis that its mesh axes do not divide is cut over the last of them, or stays whole (3 kv
-    heads on 2 devices, say). Heads of `head_dim` entries are never cut.
+    heads on 2 devices, say). Mesh axes of one device are not named. Heads of `head_dim` entries
+    are never cut.
 
     Raises:
         ValueError: an axis has no rule, or two axes claim one mesh axis.
@@ -120,6 +121,7 @@ def spec(
     parts = []
     for axis, size, names in zip(axes, shape, claims, strict=True):
         pieces = size // head_dim if axis in ("heads", "kv_heads") else size
+        names = tuple(name for name in names if mesh.shape[name] > 1)
         while names and pieces % int(np.prod([mesh.shape[name] for name in names])):
             names = names[1:]
         parts.append(names[0] if len(names) == 1 else names or None)

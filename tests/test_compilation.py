@@ -167,7 +167,7 @@ def test_the_program_prints_and_exits_1_where_something_does_not_fit(
     good = program("compile_check", *ARGS, "--print_sharding")
     assert good.code == 0
     assert "layers/attention/q/kernel" in good.out
-    assert "P(None, ('fsdp', 'sequence'), 'tensor')" in good.out
+    assert "P(None, 'fsdp', None)" in good.out
     assert "score: compiled in" in good.out
     assert "x all-" in good.out
     with monkeypatch.context() as patch:

@@ -441,7 +441,7 @@ def test_one_axis_of_a_mesh_may_take_the_rest(
     ids=str,
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes: dict[str, int]) -> None:
-    named = "data={data} fsdp={fsdp} tensor={tensor}".format(**sizes)
+    named = "data={data} fsdp={fsdp} sequence=1 tensor={tensor}".format(**sizes)
     with pytest.raises(ValueError) as error:
         mesh.make_mesh(config_lib.Mesh(**sizes))
     assert str(error.value) == (

@@ -92,3 +92,11 @@ def test_heads_that_every_device_would_sample_with(
     """Three heads cannot be shared; eight of four can be, by half of the devices each."""
     model = dataclasses.replace(TINY, num_heads=4 * kv_heads, num_kv_heads=kv_heads)
     assert mesh.whole_heads(model, of(**axes)) == advice
+
+
+def test_weights_are_cut_over_all_axes_but_data() -> None:
+    devices = of(data=1, fsdp=2, sequence=2, tensor=2)
+    axes = ("embed", "hidden")
+    assert mesh.spec(axes, (8, 8), devices) == jax.P(("fsdp", "sequence"), "tensor")
+    sampling = mesh.spec(axes, (8, 8), devices, rules=mesh.SAMPLING_RULES)
+    assert sampling == jax.P(None, ("fsdp", "sequence", "tensor"))
