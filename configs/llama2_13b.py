@@ -2,12 +2,12 @@
 
 Paper: REFINE-AF, arXiv 2505.06548.
 Command: python -m refine_af.launch.pipeline --config=llama2_13b --workdir=runs/llama2_13b
-Hardware: 16 TPU v5e, 8 TPU v5p or v6e; see docs/sharding.md.
+Hardware: multiples of 8 TPUs; not compiled for any yet, see docs/sharding.md.
 """
 
 import dataclasses
 
-from refine_af.config import Experiment
+from refine_af.config import Experiment, Mesh
 from refine_af.configs import llama2_7b
 
 
@@ -17,5 +17,6 @@ def get_config() -> Experiment:
     return dataclasses.replace(
         small,
         model=dataclasses.replace(small.model, source="meta-llama/Llama-2-13b-hf"),
+        mesh=Mesh(data=-1, fsdp=8),  # 16 do not divide 40 heads, and would hold the cache whole
         sft=dataclasses.replace(small.sft, learning_rate=1e-5, num_epochs=5),
     )

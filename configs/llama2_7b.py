@@ -3,7 +3,7 @@
 Paper: REFINE-AF, arXiv 2505.06548; Self-Instruct's decoding (arXiv 2212.10560) and Alpaca's
 fine-tuning. What the paper does not say is ours [U]: all of PPO, the prompts of stages 2 and 3.
 Command: python -m refine_af.launch.pipeline --config=llama2_7b --workdir=runs/llama2_7b
-Hardware: 16 TPU v5e, 8 TPU v5p or v6e; docs/sharding.md has what each takes. Needs access to the
+Hardware: 16 TPU v5e, or 8 larger ones; docs/sharding.md has what was compiled. Needs access to the
 model on the hub, and both oracles as docs/accelerators.md says.
 """
 
