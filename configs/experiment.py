@@ -3,8 +3,8 @@
 Paper: REFINE-AF, arXiv 2505.06548, table of 5K, 10K and 15K instructions (there with 7B and 13B
 models).
 Command: python -m refine_af.launch.pipeline --config=experiment --workdir=runs/experiment0
-    --arms=refine_af,self_instruct, and two more seeds
-Hardware: 2 CPU cores, 4 GiB.
+    --arms=refine_af,self_instruct; docs/experiment.md has the three seeds
+Hardware: 2 CPU cores, 8 GiB; half an hour a seed.
 """
 
 import dataclasses
