@@ -102,7 +102,7 @@ def check_space(manager: ocp.CheckpointManager, tree: Any, keep: int, *, beside:
 
 
 def save(manager: ocp.CheckpointManager, step: int, tree: Any, config: str = "") -> None:
-    """Start saving; the arrays are copied before this returns, so they may be donated after.
+    """Start saving; the arrays are copied or held before this returns: they may be donated after.
 
     Args:
         config: hash of the config behind it.
