@@ -5,12 +5,14 @@ Every side of every case runs in a process of its own. Leave the machine alone m
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from absl import flags as absl_flags
 
 from refine_af import (
+    benchmark_large,
     benchmark_novelty,
     benchmark_sampling,
     benchmark_scoring,
@@ -21,22 +23,31 @@ from refine_af import (
 from refine_af.benchmarks import Limits, Row
 from refine_af.config import Model
 from refine_af.launch import flags
+from refine_af.models.config import DECODE_KERNELS
 from refine_af.progress import bar
 
 _SUITE = absl_flags.DEFINE_list(
-    "suite", ["sample"], "Suites to run: sample, score, update, novelty."
+    "suite",
+    ["sample"],
+    "Suites to run: sample, score, update, novelty; large, for accelerators; or all that suit the "
+    "device.",
 )
 _CASES = absl_flags.DEFINE_list("cases", None, "Only these cases; default: all of the suites.")
 _MODEL = absl_flags.DEFINE_string("model", "smollm2-135m-instruct", "As in `generate`.")
 _DTYPE = absl_flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of everything.")
+_DECODE_KERNEL = absl_flags.DEFINE_enum(
+    "decode_kernel", "xla", DECODE_KERNELS, "Of attention to a cache: xla, or pallas on a GPU."
+)
 _REPEATS = absl_flags.DEFINE_integer("repeats", 3, "Timed runs; their median counts.", 1)
 _OUTPUT = absl_flags.DEFINE_string("output", None, "JSON file to write; optional.")
 
+_ALL, _LARGE = "all", "large"
 SUITES: dict[str, tuple[list[str], Callable[[Model, Limits, int, list[str]], Iterator[Row]]]] = {
     "sample": (list(benchmark_sampling.CASES), benchmark_sampling.rows),
     "score": (list(benchmark_scoring.CASES), benchmark_scoring.rows),
     "update": (list(benchmark_update.CASES), benchmark_update.rows),
     "novelty": (list(benchmark_novelty.CASES), benchmark_novelty.rows),
+    _LARGE: (list(benchmark_large.CASES), benchmark_large.rows),
 }
 _COLUMNS = (
     "suite",
@@ -53,23 +64,30 @@ _COLUMNS = (
 )
 
 
-def selected() -> dict[str, list[str]]:
-    """Cases to run, by suite.
+def selected() -> list[str]:
+    """Suites to run, `all` among them.
 
     Raises:
         ValueError: a suite or a case is not known.
     """
     known = [case for cases, _ in SUITES.values() for case in cases]
     for flag, wanted, options in (
-        ("suite", _SUITE.value, list(SUITES)),
+        ("suite", _SUITE.value, [*SUITES, _ALL]),
         ("cases", _CASES.value or [], known),
     ):
         odd = [name for name in wanted if name not in options]
         if odd:
             raise ValueError(f"--{flag}={odd[0]}: expected some of {options}")
+    return list(_SUITE.value)
+
+
+def cases_of(suites: list[str], backend: str) -> dict[str, list[str]]:
+    """Cases to run, by suite; `all` suites are those that say something of such a device."""
+    if _ALL in suites:
+        suites = [suite for suite in SUITES if (suite == _LARGE) == (backend != "cpu")]
     return {
         suite: [case for case in SUITES[suite][0] if not _CASES.value or case in _CASES.value]
-        for suite in _SUITE.value
+        for suite in suites
     }
 
 
@@ -81,10 +99,15 @@ def line(row: Row) -> str:
 
 def main() -> None:
     """Measure, print, write."""
-    cases = selected()
-    model = Model(source=_MODEL.value, dtype=_DTYPE.value, param_dtype=_DTYPE.value)
-    limits, _ = benchmarks.in_process(benchmarks.measure_limits, _DTYPE.value)
-    environment = benchmarks.environment(limits)
+    suites = selected()
+    model = Model(
+        source=_MODEL.value,
+        dtype=_DTYPE.value,
+        param_dtype=_DTYPE.value,
+        decode_kernel=_DECODE_KERNEL.value,
+    )
+    (limits, environment), _ = benchmarks.in_process(benchmarks.environment, _DTYPE.value)
+    cases = cases_of(suites, environment["backend"])
     print(json.dumps(environment, indent=1))
     print("  ".join(_COLUMNS), flush=True)
     found: list[Row] = []
@@ -103,4 +126,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    # Each side of a case is a process of its own, and takes what it needs of a GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     flags.start(main, resumes=False, one_process=True)

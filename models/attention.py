@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float, Int
 
-from refine_af.models import cache, kernels
+from refine_af.models import cache, decode_kernel, kernels
 from refine_af.models.cache import Stored
 from refine_af.models.config import ModelConfig
 from refine_af.models.contraction import contract
@@ -24,6 +24,7 @@ class Seen(NamedTuple):
 
     stored: Stored  # of one row where all rows share it
     mask: Bool[Array, "B T S"]
+    ring: tuple[Int[Array, "B"], Int[Array, ""]] | None = None  # first column seen, columns written
 
 
 def visible(
@@ -59,6 +60,9 @@ def attend(
     b, n, t, h = query.shape
     k = config.num_kv_heads
     grouped = (query * scale(config)).reshape(b, k, n // k * t, h)
+    if t == 1 and decodes_in_place(config):
+        whole = decode_kernel.merged([_partial(grouped, part) for part in seen])
+        return whole.reshape(b, n, t, h).astype(query.dtype)
     scores = _joined([_scores(grouped, part.stored) for part in seen])
     if config.attention_softcap is not None:
         scores = jnp.tanh(scores / config.attention_softcap) * config.attention_softcap
@@ -70,6 +74,31 @@ def attend(
     parts = jnp.split(weights, ends, axis=-1)
     mixed = sum(_mixed(w, part.stored, query.dtype) for w, part in zip(parts, seen, strict=True))
     return jnp.asarray(mixed).reshape(b, n, t, h).astype(query.dtype)
+
+
+def decodes_in_place(config: ModelConfig) -> bool:
+    """Whether a kernel attends to caches one column at a time: then steps write to them directly.
+
+    Raises:
+        ValueError: the kernel was asked for and cannot compute this.
+    """
+    if config.decode_kernel == "xla":
+        return False
+    obstacle = decode_kernel.obstacle(config)
+    if obstacle:
+        raise ValueError(f"decode_kernel={config.decode_kernel!r}: {obstacle}")
+    return True
+
+
+def _partial(grouped: Float[Array, "B K G H"], part: Seen) -> decode_kernel.Partial:
+    """Softmax over one part of what a column sees."""
+    if part.ring is not None and decode_kernel.fits(part.stored):
+        return decode_kernel.attend(grouped, part.stored, *part.ring)
+    scores = jnp.where(part.mask[:, None], _scores(grouped, part.stored), decode_kernel.HIDDEN)
+    top = scores.max(axis=-1)
+    weights = jnp.where(part.mask[:, None], jnp.exp(scores - top[..., None]), 0.0)
+    mixed = _mixed(weights, part.stored, grouped.dtype)
+    return decode_kernel.Partial(mixed, top, weights.sum(axis=-1))
 
 
 def _joined(parts: list[Array]) -> Array:
@@ -151,6 +180,9 @@ def attend_cached(
     else:
         own = [(stored, cache.columns(places, end)), (new, query_columns)]
     seen = [Seen(s, visible(start, query_columns, keys, window)) for s, keys in own]
+    if length == 1:
+        first = start[:, 0] if window is None else jnp.maximum(start[:, 0], end + 1 - window)
+        seen = [seen[0]._replace(ring=(first, end + 1))]
     return attend(query, [*before, *seen], config), written
 
 

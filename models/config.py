@@ -8,6 +8,7 @@ ACTIVATIONS = ("silu", "gelu_tanh")
 # What a damaged file may claim, before anything is made in that size.
 MOST, MOST_LAYERS = 2**31 - 1, 10_000
 KERNELS = ("auto", "xla", "cudnn", "splash")
+DECODE_KERNELS = ("xla", "pallas")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ class ModelConfig:
     dtype: str = "float32"  # of activations and products, one of DTYPES
     param_dtype: str = "float32"  # of the stored weights
     attention_kernel: str = "auto"  # of whole sequences, one of KERNELS; auto: by the device
+    decode_kernel: str = "xla"  # of one new column and a cache, one of DECODE_KERNELS
     int8_weights: bool = False  # kernels of linears are int8, with a scale for each output
     int8_cache: bool = False  # cached keys and values are int8, with a scale for each vector
 
@@ -116,7 +118,8 @@ class ModelConfig:
                 f"num_kv_heads={self.num_kv_heads}"
             )
         choices = {"dtype": DTYPES, "param_dtype": DTYPES, "activation": ACTIVATIONS}
-        for name, known in {**choices, "attention_kernel": KERNELS}.items():
+        choices |= {"attention_kernel": KERNELS, "decode_kernel": DECODE_KERNELS}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"ModelConfig.{name}={getattr(self, name)!r}: expected {known}")
         if self.head_dim % 2:

@@ -161,6 +161,8 @@ def load(
     source = sources.open_model(
         options.source, dtype=options.dtype, param_dtype=options.param_dtype
     )
+    config = dataclasses.replace(source.config, decode_kernel=options.decode_kernel)
+    source = dataclasses.replace(source, config=config)
     if check:
         mesh_lib.check(source.config, mesh)
         if advice := mesh_lib.whole_heads(source.config, mesh):

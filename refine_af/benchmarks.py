@@ -28,7 +28,7 @@ class Measured:
         rate: of useful work, in the case's unit; the median over its runs.
         first_seconds: of the first run, compilation included.
         seconds: of a later run.
-        peak_mib: largest resident memory of the process.
+        peak_mib: largest memory taken: of the device where it counts it, or of the process.
     """
 
     rate: float
@@ -45,13 +45,13 @@ class Row:
     case: str
     unit: str
     ours: float
-    reference: float
+    reference: float | None
     reference_name: str
-    ratio: float
+    ratio: float | None
     limit_share: float | None  # time that the machine's limits allow over the time that it took
     compile_seconds: float
     peak_mib: float
-    reference_peak_mib: float
+    reference_peak_mib: float | None
 
 
 def row(
@@ -59,23 +59,24 @@ def row(
     case: str,
     unit: str,
     ours: Measured,
-    reference: Measured,
+    reference: Measured | None,
     reference_name: str,
     limit_seconds: float | None,
 ) -> Row:
     """A line of the table."""
+    theirs = reference.rate if reference else None
     return Row(
         suite=suite,
         case=case,
         unit=unit,
         ours=round(ours.rate, 2),
-        reference=round(reference.rate, 2),
+        reference=theirs and round(theirs, 2),
         reference_name=reference_name,
-        ratio=round(ours.rate / reference.rate, 2),
+        ratio=theirs and round(ours.rate / theirs, 2),
         limit_share=None if limit_seconds is None else round(limit_seconds / ours.seconds, 3),
         compile_seconds=round(max(ours.first_seconds - ours.seconds, 0.0), 1),
         peak_mib=round(ours.peak_mib),
-        reference_peak_mib=round(reference.peak_mib),
+        reference_peak_mib=round(reference.peak_mib) if reference else None,
     )
 
 
@@ -97,7 +98,7 @@ def isolated(function: Callable[..., Measured], *arguments: Any) -> Measured:
         ValueError: the process needs a package that is not installed.
     """
     measured, peak = in_process(function, *arguments)
-    return dataclasses.replace(measured, peak_mib=peak)
+    return dataclasses.replace(measured, peak_mib=measured.peak_mib or peak)
 
 
 def in_process(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
@@ -121,6 +122,12 @@ def _with_peak(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tupl
     return result, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def device_peak() -> float:
+    """Largest memory that JAX has taken on a device, in MiB; 0 where that is not counted."""
+    taken = [device.memory_stats() or {} for device in jax.local_devices()]
+    return max(stats.get("peak_bytes_in_use", 0) for stats in taken) / 2**20
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What the device does at best: bytes read a second, operations a second."""
@@ -130,17 +137,23 @@ class Limits:
 
 
 def measure_limits(dtype: str) -> Limits:
-    """Largest measured rate of reading 1 GiB, and of products of 4096 x 4096 matrices."""
-    data = jnp.ones((1 << 28,), jnp.float32)
+    """Largest measured rate of reading an array, and of a product of two square matrices.
+
+    1 GiB and 4096 x 4096 on CPUs; 8 GiB and 8192 x 8192 on accelerators, which else wait for the
+    host most of the time.
+    """
+    large = jax.default_backend() != "cpu"
+    data = jnp.ones((1 << (31 if large else 28),), jnp.float32)
     total = jax.jit(jnp.sum)
     return Limits(
         bandwidth=data.nbytes / flops.fastest(lambda: total(data)),
-        flops=flops.product_rate(jnp.dtype(dtype), 4096),
+        flops=flops.product_rate(jnp.dtype(dtype), 8192 if large else 4096),
     )
 
 
-def environment(limits: Limits) -> dict[str, Any]:
-    """Where the figures come from."""
+def environment(dtype: str) -> tuple[Limits, dict[str, Any]]:
+    """What the machine does at best, and where the figures come from."""
+    limits = measure_limits(dtype)
     device = jax.devices()[0]
     versions = {}
     for package in _PACKAGES:
@@ -148,7 +161,8 @@ def environment(limits: Limits) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    return {
+    return limits, {
+        "backend": jax.default_backend(),
         "device": f"{len(jax.devices())} x {device.device_kind}",
         "processor": processor(),
         "cores": os.cpu_count(),

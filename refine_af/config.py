@@ -11,6 +11,7 @@ import math
 import re
 import warnings
 
+from refine_af.models.config import DECODE_KERNELS
 from refine_af.validation import require, require_at_least, require_one_of, require_positive
 
 DTYPES = ("float32", "bfloat16")
@@ -42,10 +43,12 @@ class Model:
     source: str
     dtype: str  # of activations, one of DTYPES
     param_dtype: str  # of the frozen base weights, one of DTYPES
+    decode_kernel: str = "xla"  # of attention to a cache, one of DECODE_KERNELS
 
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("model.dtype", self.dtype, DTYPES)
+        require_one_of("model.decode_kernel", self.decode_kernel, DECODE_KERNELS)
         require_one_of("model.param_dtype", self.param_dtype, DTYPES)
 
 

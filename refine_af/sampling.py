@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from refine_af import mesh as mesh_lib
+from refine_af.models import attention, transformer
 from refine_af.models import cache as cache_lib
-from refine_af.models import transformer
 from refine_af.models.cache import KVCache, Prefix, Tail
 from refine_af.models.transformer import Definition, Params, Transformer
 
@@ -202,6 +202,9 @@ def place(slots: Slots, pack: Pack, found: Read) -> Slots:
     return jax.lax.fori_loop(0, pack.num_prompts, put_all, slots)
 
 
+_Decoding = tuple[Array, Slots, Tail | None, Chosen]  # steps taken; tokens drawn
+
+
 def decode(
     definition: Definition,
     params: Params,
@@ -221,28 +224,35 @@ def decode(
     nothing = jnp.zeros((batch, CHUNK), jnp.float32)
     found = Chosen(jnp.zeros((batch, CHUNK), jnp.int32), nothing, nothing)
 
-    def step(carry: tuple[Array, Slots, Tail, Chosen]) -> tuple[Array, Slots, Tail, Chosen]:
+    def step(carry: _Decoding) -> _Decoding:
         i, slots, tail, found = carry
         slots, tail, chosen = _step(model, slots, tail, prefix, needs)
         return i + 1, slots, tail, jax.tree.map(lambda a, b: a.at[:, i].set(b), found, chosen)
 
-    def going(carry: tuple[Array, Slots, Tail, Chosen]) -> Array:
+    def going(carry: _Decoding) -> Array:
         i, slots, *_ = carry
         return (i < steps) & (jnp.sum(slots.done) < wake)
 
-    tail = model.tail(slots.cache, slots.start, slots.offset, CHUNK)
+    tail = None
+    if not attention.decodes_in_place(definition.config):
+        tail = model.tail(slots.cache, slots.start, slots.offset, CHUNK)
     first = jnp.zeros((), jnp.int32), slots, tail, found
     _, slots, tail, found = jax.lax.while_loop(going, step, first)
-    return slots._replace(cache=cache_lib.joined(tail)), found
+    return slots if tail is None else slots._replace(cache=cache_lib.joined(tail)), found
 
 
 def _step(
-    model: Transformer, slots: Slots, tail: Tail, prefix: Prefix | None, needs: Needs
-) -> tuple[Slots, Tail, Chosen]:
-    """One more token for every slot; new columns are in the tail."""
-    hidden, tail = model(
-        slots.token[:, None], slots.start, cache=tail, prefix=prefix, offset=slots.offset
+    model: Transformer, slots: Slots, tail: Tail | None, prefix: Prefix | None, needs: Needs
+) -> tuple[Slots, Tail | None, Chosen]:
+    """One more token for every slot; new columns are in the tail, without one in the cache."""
+    cache = slots.cache if tail is None else tail
+    hidden, written = model(
+        slots.token[:, None], slots.start, cache=cache, prefix=prefix, offset=slots.offset
     )
+    if tail is None:
+        slots = slots._replace(cache=written)
+    else:
+        tail = written
     chosen = choose(model.logits(hidden[:, 0]), slots.seen, slots.drawn, slots.limits, needs)
     drawn = slots.drawn + ~slots.done
     slots = slots._replace(

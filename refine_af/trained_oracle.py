@@ -41,7 +41,14 @@ DESCRIPTION, ADAPTER = "oracle.json", "adapter.safetensors"
 HEADS = config_lib.PAPER_COMPONENTS  # columns of the heads' kernel; `rew` first
 _FORMAT = 1
 # What changes how a model is computed, not what it is.
-_NOT_IDENTITY = ("dtype", "param_dtype", "attention_kernel", "int8_weights", "int8_cache")
+_NOT_IDENTITY = (
+    "dtype",
+    "param_dtype",
+    "attention_kernel",
+    "decode_kernel",
+    "int8_weights",
+    "int8_cache",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from refine_af.config import Mesh
 from refine_af.mesh import attention_layout, make_mesh
-from refine_af.models import attention, cache, kernels, rotary, transformer
+from refine_af.models import attention, cache, decode_kernel, kernels, rotary, transformer
 from refine_af.models.attention import Seen
 from refine_af.models.cache import Stored
 from refine_af.models.config import LinearRope, Llama3Rope, ModelConfig
@@ -239,6 +239,71 @@ def test_texts_packed_into_a_row_do_not_see_each_other(window: int | None) -> No
             q[:, :, part], k[:, :, part], v[:, :, part], mask_of([0, 0], length, window), c
         )
         np.testing.assert_allclose(packed[:, :, part], alone, atol=1e-5)
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("splits", [None, 1, 3])
+@pytest.mark.parametrize("end", [50, 192, 400])
+def test_the_decode_kernel_is_the_reference(groups: int, splits: int | None, end: int) -> None:
+    """A ring in its first round, at its end, in a later one; a text before column 0."""
+    c = config(2 * groups, 2, 32, dtype="bfloat16")
+    q, k, v = operands(c, 1, 192)
+    first = jnp.asarray([end - 192, end - 3])
+    mask = cache.columns(192, jnp.int32(end))[None, None] >= first[:, None, None]
+    scaled = (q * attention.scale(c)).reshape(BATCH, 2, groups, 32)
+    part = decode_kernel.attend(scaled, Stored(k, v), first, jnp.int32(end), splits=splits)
+    mixed = decode_kernel.merged([part]).reshape(q.shape)
+    np.testing.assert_allclose(mixed, attend(q, k, v, mask, c).astype(jnp.float32), atol=1e-2)
+
+
+def test_partial_softmaxes_make_one() -> None:
+    """A cache, and a prefix that the kernel does not read; a row that sees nothing of either."""
+    c = config(4, 2, 32, dtype="bfloat16")
+    q, k, v = operands(c, 1, 96)
+    mask = jnp.arange(96)[None, None] >= jnp.asarray([[[40]], [[7]]])
+    scaled = (q * attention.scale(c)).reshape(BATCH, 2, 2, 32)
+    parts = [
+        Seen(Stored(x[:, :, a], y[:, :, a]), mask[..., a])
+        for x, y, a in ((k, v, slice(0, 32)), (k, v, slice(32, 96)))
+    ]
+    merged = decode_kernel.merged([attention._partial(scaled, part) for part in parts])
+    expected = attend(q, k, v, mask, c).astype(jnp.float32)
+    np.testing.assert_allclose(merged.reshape(q.shape), expected, atol=1e-2)
+
+
+def test_the_decode_kernel_lowers_for_a_gpu() -> None:
+    c = config(8, 2, 128, dtype="bfloat16")
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(c, 1, 256)]
+
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> decode_kernel.Partial:
+        first, end = jnp.zeros(BATCH, jnp.int32), jnp.int32(9)
+        return decode_kernel.attend(q.reshape(BATCH, 2, 4, 128), Stored(k, v), first, end)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")])
+        text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__gpu$xla.gpu.triton" in text or "triton_kernel_call" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "float32"}, "it needs bfloat16 or float16, not float32"),
+        ({"int8_cache": True}, "it reads no int8 cache"),
+        ({"attention_softcap": 5.0}, "it has no soft cap of scores"),
+        ({"head_dim": 96}, "it needs a head_dim that is a power of two from 16 on, not 96"),
+        ({}, "it works on one device"),
+    ],
+)
+def test_a_decode_kernel_that_cannot_is_refused(changes: dict[str, Any], message: str) -> None:
+    c = dataclasses.replace(
+        LLAMA, decode_kernel="pallas", **{"dtype": "bfloat16", "head_dim": 64, **changes}
+    )
+    with pytest.raises(ValueError, match=f"decode_kernel='pallas': {message}"):
+        attention.decodes_in_place(c)
 
 
 # The choice

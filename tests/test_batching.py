@@ -375,6 +375,63 @@ def test_columns_written_apart_are_those_written_in_place(
             np.testing.assert_allclose(one, other, atol=rounding, rtol=0)
 
 
+def sixteen(name: str) -> tuple[ModelConfig, Params]:
+    """A model that the decode kernel can read, and unstacked weights."""
+    config = dataclasses.replace(MODELS[name], head_dim=16, dtype="bfloat16")
+    shapes = jax.eval_shape(lambda: transformer.init(config, key=jax.random.key(0)))[0]
+    return config, transformer.unstack_layers(noise(shapes, seed=3))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_decode_kernel_serves_the_whole_decoder(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six tokens after 59, in a ring of 64 that comes round, behind a shared prefix of one row."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config, params = sixteen(name)
+    ids = np.random.default_rng(0).integers(0, VOCAB, (2, 65))
+    start, offset = jnp.asarray([3, 1]), jnp.asarray([20, 0])
+    found = {}
+    for kernel in ("xla", "pallas"):
+        chosen = dataclasses.replace(config, decode_kernel=kernel)
+        model = transformer.bind(transformer.define(chosen, stacked=False), params)
+        prefix = cache.prefix_of(config, model(ids[:1, :20], jnp.zeros(1, jnp.int32))[1], 20)
+        _, read = model(ids[:, :59], start, prefix=prefix, offset=offset)
+        ring, hidden = cache.resize(config, read, 64), []
+        for column in range(59, 65):
+            token = ids[:, column, None]
+            out, ring = model(token, start, cache=ring, prefix=prefix, offset=offset)
+            hidden.append(out)
+        found[kernel] = np.concatenate(hidden, axis=1, dtype=np.float32)
+    # Of entries of order 1, rounded to bfloat16 in every layer.
+    np.testing.assert_allclose(found["pallas"], found["xla"], atol=0.05, rtol=0)
+
+
+def test_with_a_decode_kernel_a_loop_writes_to_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of which some begin before column 0: while two answers are the same, so is what the
+    model thinks of them."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config, params = sixteen("alternating")
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(
+            tuple(rng.integers(4, 64, n).tolist()), Sampling(temperature=0.0, max_new_tokens=90 - n)
+        )
+        for n in (1, 30, 60)
+    ]
+    plain, fused = (
+        engine(
+            2, config=dataclasses.replace(config, decode_kernel=kernel), tokenizer=None, eos_ids=()
+        ).generate(params, requests)
+        for kernel in ("xla", "pallas")
+    )
+    for ours, theirs in zip(fused, plain, strict=True):
+        pairs = zip(ours.token_ids, theirs.token_ids, strict=True)
+        alike = next((i for i, (a, b) in enumerate(pairs) if a != b), len(ours.token_ids))
+        assert alike > 0
+        np.testing.assert_allclose(ours.logprobs[:alike], theirs.logprobs[:alike], atol=0.05)
+
+
 # int8
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from decoders import LLAMA
 
-from refine_af import benchmark_novelty, benchmark_sampling, benchmarks
+from refine_af import benchmark_large, benchmark_novelty, benchmark_sampling, benchmarks
 from refine_af.benchmark_sampling import CASES
+from refine_af.benchmark_update import Shape
 from refine_af.benchmarks import Limits, Measured
+from refine_af.config import Model
 from refine_af.models.weights import expected_shapes
 
 
@@ -55,6 +57,36 @@ def test_cases_are_those_that_were_promised() -> None:
     assert 56 <= sum(lengths) / 64 <= 72
     prompts = CASES["prefix"].prompts(1000)
     assert len({prompt[:900] for prompt in prompts}) == 1 and len(set(prompts)) == 32
+
+
+def test_large_cases_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks, "isolated", lambda function, *arguments: function(*arguments))
+    for name, value in (("_PROMPT", 24), ("_FEW", 2), ("_MANY", 12)):
+        monkeypatch.setattr(benchmark_large, name, value)
+    shape = Shape(rows=8, prompt=8, answer=8, microbatches=1, remat="cheap")
+    monkeypatch.setitem(benchmark_large.UPDATE, "update2k", shape)
+    model = Model(source="random:tiny", dtype="float32", param_dtype="float32")
+    decode, update = benchmark_large.rows(model, Limits(1e9, 1e9), 1, ["decode1", "update2k"])
+    assert decode.ours > 0 and decode.reference is not None and decode.ratio is not None
+    assert (update.reference, update.ratio, update.reference_peak_mib) == (None, None, None)
+    assert update.ours > 0 and update.limit_share is not None
+
+
+def test_the_limit_of_decoding_by_hand() -> None:
+    """Two slots at 1,024 columns: all weights and both caches, once for each of 128 steps."""
+    weights = sum(math.prod(shape) for shape in expected_shapes(LLAMA).values())
+    cache = 2 * 2 * LLAMA.num_layers * LLAMA.num_kv_heads * 1024 * LLAMA.head_dim
+    if not LLAMA.tie_embeddings:
+        weights -= LLAMA.vocab_size * LLAMA.embed_dim
+    limits = Limits(bandwidth=4.0 * (weights + cache + 1), flops=1e30)  # and where it ends
+    assert benchmark_large.limit_seconds(LLAMA, 2, "float32", limits) == pytest.approx(128)
+
+
+def test_a_context_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_large, "_MANY", 4096)
+    model = Model(source="random:tiny", dtype="float32", param_dtype="float32")
+    with pytest.raises(ValueError, match="a context of 5024 tokens, this model's is 4096"):
+        next(benchmark_large.rows(model, Limits(1e9, 1e9), 1, ["decode1"]))
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:

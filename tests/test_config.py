@@ -45,6 +45,7 @@ OTHERS = {
     **{f"{stage}.sampling.stop_token_ids": (1,) for stage in ("instructions", "ppo", "instances")},
     "model.dtype": "bfloat16",
     "model.param_dtype": "bfloat16",
+    "model.decode_kernel": "pallas",
     "instructions.classification_share": 0.5,
     "instructions.max_similarity": 0.5,
     "prompts.format": "chat",
