@@ -49,6 +49,7 @@ SUITES: dict[str, tuple[list[str], Callable[[Model, Limits, int, list[str]], Ite
     "novelty": (list(benchmark_novelty.CASES), benchmark_novelty.rows),
     _LARGE: (list(benchmark_large.CASES), benchmark_large.rows),
 }
+_SHORT = {"novelty": benchmark_novelty.SHORT}
 _COLUMNS = (
     "suite",
     "case",
@@ -81,14 +82,13 @@ def selected() -> list[str]:
     return list(_SUITE.value)
 
 
-def cases_of(suites: list[str], backend: str) -> dict[str, list[str]]:
-    """Cases to run, by suite; `all` suites are those that say something of such a device."""
+def cases_of(suites: list[str], only: list[str], backend: str) -> dict[str, list[str]]:
+    """Cases to run, by suite; `all` are the shorter ones of those that suit the device."""
+    cases = {suite: SUITES[suite][0] for suite in suites if suite != _ALL}
     if _ALL in suites:
-        suites = [suite for suite in SUITES if (suite == _LARGE) == (backend != "cpu")]
-    return {
-        suite: [case for case in SUITES[suite][0] if not _CASES.value or case in _CASES.value]
-        for suite in suites
-    }
+        fitting = [suite for suite in SUITES if (suite == _LARGE) == (backend != "cpu")]
+        cases = {suite: _SHORT.get(suite, SUITES[suite][0]) for suite in fitting} | cases
+    return {suite: [x for x in some if not only or x in only] for suite, some in cases.items()}
 
 
 def line(row: Row) -> str:
@@ -107,7 +107,7 @@ def main() -> None:
         decode_kernel=_DECODE_KERNEL.value,
     )
     (limits, environment), _ = benchmarks.in_process(benchmarks.environment, _DTYPE.value)
-    cases = cases_of(suites, environment["backend"])
+    cases = cases_of(suites, _CASES.value or [], environment["backend"])
     print(json.dumps(environment, indent=1))
     print("  ".join(_COLUMNS), flush=True)
     found: list[Row] = []

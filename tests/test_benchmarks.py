@@ -1,5 +1,6 @@
 """The benchmark program: what it refuses, the arithmetic of its rows, one case for real."""
 
+import ast
 import dataclasses
 import json
 import math
@@ -97,6 +98,18 @@ def program(*arguments: str) -> subprocess.CompletedProcess[str]:
         check=False,
         env={**os.environ, "XLA_FLAGS": ""},
     )
+
+
+def test_all_suites_are_those_that_suit_the_device() -> None:
+    """In a process of its own: programs define flags of the same names."""
+    code = "from refine_af.launch.benchmark import cases_of as of; print([of(['all'], [], 'gpu'), "
+    code += "of(['all', 'novelty'], [], 'cpu'), of(['all'], ['filter500', 'lora'], 'cpu')])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    on_gpu, on_cpu, only = ast.literal_eval(run.stdout)
+    assert on_gpu == {"large": ["decode1", "decode64", "update2k"]}
+    assert list(on_cpu) == ["sample", "score", "update", "novelty"]
+    assert on_cpu["novelty"] == ["filter500", "filter2000", "filter15000"]
+    assert only == {"sample": [], "score": [], "update": ["lora"], "novelty": ["filter500"]}
 
 
 @pytest.mark.parametrize("flag", ["suite", "cases"])
