@@ -62,6 +62,8 @@ def _show(figures: Figures) -> None:
         f"  operations: {figures.operations:.3g}, {ratio:.2f} times the model's own; "
         f"{figures.moved:.3g} bytes moved, loops counted once"
     )
+    if figures.least_seconds is not None:
+        print(f"  time: {1e3 * figures.least_seconds:.3g} ms at the least")
     for one in figures.collectives[:_MOST_COLLECTIVES]:
         print(f"  {one.times} x {one.kind} {one.shape}, {one.size * one.times / 2**20:.0f} MiB")
     left = figures.collectives[_MOST_COLLECTIVES:]

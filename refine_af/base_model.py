@@ -149,6 +149,15 @@ def lora_config(options: config_lib.Lora) -> LoraConfig:
     return LoraConfig(rank=options.rank, alpha=options.alpha, pattern=options.pattern)
 
 
+def open_source(options: config_lib.Model) -> Source:
+    """The model that a run names, with nothing of it read but its description."""
+    source = sources.open_model(
+        options.source, dtype=options.dtype, param_dtype=options.param_dtype
+    )
+    config = dataclasses.replace(source.config, decode_kernel=options.decode_kernel)
+    return dataclasses.replace(source, config=config)
+
+
 def load(
     options: config_lib.Model, mesh_options: config_lib.Mesh, *, check: bool = False
 ) -> BaseModel:
@@ -158,11 +167,7 @@ def load(
         check: refuse a mesh that does not divide the model, before any weight is read.
     """
     mesh = mesh_lib.make_mesh(mesh_options)
-    source = sources.open_model(
-        options.source, dtype=options.dtype, param_dtype=options.param_dtype
-    )
-    config = dataclasses.replace(source.config, decode_kernel=options.decode_kernel)
-    source = dataclasses.replace(source, config=config)
+    source = open_source(options)
     if check:
         mesh_lib.check(source.config, mesh)
         if advice := mesh_lib.whole_heads(source.config, mesh):

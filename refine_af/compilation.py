@@ -17,6 +17,7 @@ import optax
 from jax.experimental import topologies
 
 from refine_af import (
+    base_model,
     finetuning,
     flops,
     hlo,
@@ -33,7 +34,7 @@ from refine_af import mesh as mesh_lib
 from refine_af.base_model import BaseModel, lora_config
 from refine_af.config import Experiment
 from refine_af.hlo import Collective
-from refine_af.models import heads, sources, transformer, weights
+from refine_af.models import heads, transformer, weights
 from refine_af.models.one_line import one_line
 from refine_af.models.transformer import Params
 from refine_af.packing import Answered
@@ -72,6 +73,8 @@ class Figures:
         model_operations: those that the model itself needs (6ND, 4ND of frozen weights, 2ND).
         moved: memory traffic, with every loop's body counted once.
         warnings: what looks wrong.
+        least_seconds: of all products at the maker's rate, or of reading the arguments once,
+            whichever is longer; None for a device that is not known.
     """
 
     program: str
@@ -86,7 +89,8 @@ class Figures:
     moved: float
     collectives: list[Collective]
     warnings: list[str]
-    seconds: float
+    least_seconds: float | None
+    seconds: float  # that compiling took
 
     @property
     def total(self) -> int:
@@ -162,6 +166,8 @@ def compiled(program: Program, base: BaseModel) -> Figures:
     text, mesh = executable.as_text(), base.mesh
     found = hlo.collectives(text)
     donated = bytes_on_device(program.donated)
+    operations, device = hlo.operations(traced.jaxpr) / mesh.size, mesh.devices.flat[0]
+    read = sizes.argument_size_in_bytes
     return Figures(
         program=program.name,
         arguments=sizes.argument_size_in_bytes,
@@ -169,8 +175,8 @@ def compiled(program: Program, base: BaseModel) -> Figures:
         temporaries=sizes.temp_size_in_bytes,
         aliased=sizes.alias_size_in_bytes,
         resident=program.resident,
-        memory=memory_of(mesh.devices.flat[0], mesh.size),
-        operations=hlo.operations(traced.jaxpr) / mesh.size,
+        memory=memory_of(device, mesh.size),
+        operations=operations,
         model_operations=program.model_operations / mesh.size,
         moved=costs.get("bytes accessed", 0.0),
         collectives=found,
@@ -181,6 +187,7 @@ def compiled(program: Program, base: BaseModel) -> Figures:
             *_not_donated(donated, sizes.alias_size_in_bytes),
             *_whole_heads(program, base),
         ],
+        least_seconds=flops.least_seconds(device.device_kind, operations, read),
         seconds=time.monotonic() - began,
     )
 
@@ -423,8 +430,7 @@ def abstract_run(config: Experiment, topology: str, prompt_length: int) -> Run:
         ValueError: the topology is not known, or the mesh does not have its number of devices.
     """
     mesh = mesh_lib.make_mesh(config.mesh, list(devices(topology)))
-    model = config.model
-    source = sources.open_model(model.source, dtype=model.dtype, param_dtype=model.param_dtype)
+    source = base_model.open_source(config.model)
     shapes = jax.eval_shape(lambda: transformer.init(source.config, key=jax.random.key(0))[0])
     params = _placed(shapes, mesh_lib.param_shardings(source.config, None, mesh)[0])
     definition = transformer.define(source.config, layout=mesh_lib.attention_layout(mesh))

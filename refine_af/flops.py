@@ -28,6 +28,18 @@ _PEAKS = {
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
 }
+# Bytes of its memory that it reads a second, from the same.
+_BANDWIDTHS = {
+    "TPU v4": 1.228e12,
+    "TPU v5 lite": 0.819e12,
+    "TPU v5": 2.765e12,
+    "TPU v5p": 2.765e12,
+    "TPU v6 lite": 1.64e12,
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+}
 _SIZE = 2048  # of the product that is measured where the device is not known
 
 
@@ -42,6 +54,18 @@ def peak(dtype: str) -> float:
         return _PEAKS[kind] * jax.device_count()
     # Simulated devices share one processor, so that its rate is that of all.
     return product_rate(jnp.dtype(dtype), _SIZE)
+
+
+def least_seconds(kind: str, operations: float, read: float) -> float | None:
+    """Time that a device of this kind cannot do without; None for one that is not listed.
+
+    Args:
+        operations: bfloat16 products.
+        read: bytes of its memory.
+    """
+    if kind not in _PEAKS:
+        return None
+    return max(operations / _PEAKS[kind], read / _BANDWIDTHS[kind])
 
 
 def product_rate(dtype: jnp.dtype, size: int) -> float:

@@ -125,6 +125,14 @@ def test_operations_are_those_of_the_model_where_attention_is_small() -> None:
         assert update.model_operations == pytest.approx(2 * passes * forward)  # of two epochs
 
 
+def test_the_least_time_by_hand() -> None:
+    """A v5e multiplies 197e12 times a second and reads 819e9 bytes."""
+    assert flops.least_seconds("TPU v5 lite", 197e12, 819e9 / 2) == pytest.approx(1.0)
+    assert flops.least_seconds("TPU v5 lite", 197e12, 819e9 * 2) == pytest.approx(2.0)
+    assert flops.least_seconds("cpu", 1.0, 1.0) is None
+    assert flops._PEAKS.keys() == flops._BANDWIDTHS.keys()
+
+
 def run_of(trained: str) -> compilation.Run:
     ppo = dataclasses.replace(CONFIG.ppo, trained=trained)
     return compilation.abstract_run(dataclasses.replace(CONFIG, ppo=ppo), "local", 40)
@@ -136,7 +144,7 @@ def figures(**changes: Any) -> Figures:
         "arguments": 4 * GIB
     }
     rest = {"program": "update", "operations": 1.0, "model_operations": 1.0, "moved": 0.0}
-    empty = {"collectives": [], "warnings": [], "seconds": 0.0}
+    empty = {"collectives": [], "warnings": [], "least_seconds": None, "seconds": 0.0}
     return Figures(**{**made, **rest, **empty, **changes})
 
 
