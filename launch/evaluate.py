@@ -77,7 +77,7 @@ def _evaluate_model(options: Evaluation, tasks: list[superni.Task], output: Path
     model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
     base = base_model.load(model, Mesh())
     engine = base.engine(options.batch_size)
-    asked = evaluation.questions(tasks, base.tokenizer, options)
+    asked = evaluation.questions(tasks, base.tokenizer, options, base.config.max_positions)
     predictions = output / evaluation.PREDICTIONS
     _claim(output / "options.json", dataclasses.asdict(model) | dataclasses.asdict(options))
     params = base.for_sampling()

@@ -43,12 +43,35 @@ def of_rows(rows: Sequence[Row], seeds: Sequence[str]) -> dict[str, Any]:
         "input_words": _of_lengths(inputs),
         "output_words": _of_lengths(outputs),
         "output_vocabulary": vocabulary(outputs),
+        "output_shares": shares(rows),
         "rewards": {
             name: figures
             for name in rewards
             if (figures := summary([row[name] for row in rows if row[name] is not None]))
         },
     }
+
+
+def shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Of the rows: outputs of one word, without a word that their input lacks, and different ones.
+
+    A reward that is gamed shows here first: in copies, in one-word answers, in the same answer.
+    """
+    single = sum(len(row["output"].split()) == 1 for row in rows)
+    own = [_words(row["output"]) - _words(row["input"]) for row in rows]
+    different = len({row["output"] for row in rows})
+    return {
+        name: round(count / len(rows), 4)
+        for name, count in {
+            "one_word": single,
+            "nothing_of_their_own": sum(not words for words in own),
+            "different": different,
+        }.items()
+    }
+
+
+def _words(text: str) -> set[str]:
+    return set(_WORD.findall(text.lower()))
 
 
 def table(statistics: Mapping[str, Any]) -> dict[str, float]:
@@ -75,8 +98,22 @@ def table(statistics: Mapping[str, Any]) -> dict[str, float]:
         "different words in instructions": words["different_words"],
         "different words in outputs": statistics["output_vocabulary"]["different_words"],
         **means,
+        **{f"share of outputs {label}": share for label, share in _labelled(statistics)},
         **rewards,
     }
+
+
+_SHARES = {
+    "one_word": "of one word",
+    "nothing_of_their_own": "with no word that the input lacks",
+    "different": "that are different",
+}
+
+
+def _labelled(statistics: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Shares of outputs; none in a file of an earlier version."""
+    found = statistics.get("output_shares", {})
+    return [(label, found[name]) for name, label in _SHARES.items() if name in found]
 
 
 def of_instructions(texts: Sequence[str], seeds: Sequence[str]) -> dict[str, Any]:

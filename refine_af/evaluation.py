@@ -1,8 +1,9 @@
 """Evaluate models on Super-NaturalInstructions tasks: greedy answers, scores, a file of each."""
 
+import bisect
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from refine_af.models.transformer import Params
 from refine_af.progress import bar
 from refine_af.requests import Request
 from refine_af.seeds import EVALUATION_DIR
-from refine_af.superni import Task
+from refine_af.superni import Instance, Task
 
 PREDICTIONS = "predictions.jsonl"
 SCORES = "evaluation.json"
@@ -42,27 +43,70 @@ class Question:
 
 
 def questions(
-    tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase, options: config_lib.Evaluation
+    tasks: Sequence[Task],
+    tokenizer: PreTrainedTokenizerBase,
+    options: config_lib.Evaluation,
+    context: int,
 ) -> list[Question]:
-    """All instances, shortest prompt first, so that batches pad little."""
+    """All instances, shortest prompt first, so that batches pad little.
+
+    An input that the context has no room for loses its end; a warning says how many did.
+
+    Args:
+        context: tokens that the model reads and writes at most.
+
+    Raises:
+        ValueError: a task has no room even without an input.
+    """
 
     def encode(text: str, fmt: str) -> list[int]:
         return tokens.encode_prompt(tokenizer, text, fmt)
 
-    found = []
+    def ask(task: Task, instance: Instance) -> list[int]:
+        prompt = superni.build_prompt(
+            task,
+            instance,
+            options.num_examples,
+            lambda text: len(encode(text, "raw")),
+            options.max_source_tokens,
+        )
+        # Without the blank after "Output:", the model's first token brings its own.
+        return encode(prompt.rstrip(), options.format)
+
+    found, num_cut, room = [], 0, context - options.max_new_tokens
     for task in tasks:
         for instance in task.instances:
-            prompt = superni.build_prompt(
-                task,
-                instance,
-                options.num_examples,
-                lambda text: len(encode(text, "raw")),
-                options.max_source_tokens,
-            )
-            # Without the blank after "Output:", the model's first token brings its own.
-            ids = encode(prompt.rstrip(), options.format)
+            ids = ask(task, instance)
+            if len(ids) > room:
+                ids, num_cut = ask(task, _shortened(task, instance, ask, room)), num_cut + 1
             found.append(Question(task.name, instance.id, tuple(ids)))
+    if num_cut:
+        logging.warning(
+            "evaluation: the ends of %d inputs were cut off, which left no room for %d tokens in "
+            "the model's context of %d",
+            num_cut,
+            options.max_new_tokens,
+            context,
+        )
     return sorted(found, key=lambda q: (len(q.prompt_ids), q.task, q.id))
+
+
+def _shortened(
+    task: Task, instance: Instance, ask: Callable[[Task, Instance], list[int]], room: int
+) -> Instance:
+    """With as much of the beginning of its input as leaves a prompt of `room` tokens."""
+
+    def of(length: int) -> Instance:
+        return dataclasses.replace(instance, input=instance.input[:length])
+
+    if len(ask(task, of(0))) > room:
+        raise ValueError(
+            f"{task.name}: its definition and examples leave no room in the model's context; lower "
+            "evaluation.max_source_tokens or evaluation.max_new_tokens"
+        )
+    lengths = range(len(instance.input))
+    least = bisect.bisect_right(lengths, room, key=lambda n: len(ask(task, of(n))))
+    return of(max(least - 1, 0))
 
 
 def predict(

@@ -266,7 +266,7 @@ def evaluate(run: Run) -> bool:
         return False
     for arm in arms:
         finetuning.check_finished(folder(run.workdir, arm))
-    asked = evaluation.questions(tasks, run.base.tokenizer, options)
+    asked = evaluation.questions(tasks, run.base.tokenizer, options, run.base.config.max_positions)
     predictions = run.workdir / PREDICTIONS
     for arm in ("base", *arms):
         engine = run.base.engine(options.batch_size)

@@ -98,7 +98,7 @@ def write_report(workdir: Path) -> Path:
     return path
 
 
-def _section(name: str, workdir: Path) -> Section | None:
+def _section(name: str, workdir: Path) -> Section | dict[str, Section] | None:
     build, files = _SECTIONS[name]
     try:
         return build(workdir)
@@ -193,9 +193,15 @@ def _held_out(workdir: Path) -> Section | None:
     }
 
 
-def _instances(workdir: Path) -> Section | None:
-    accepted = read_rows(workdir / "instances.jsonl")
-    rejected = read_rows(workdir / "rejected_instances.jsonl")
+def _by_arm(workdir: Path, build: Callable[[Path], Section | None]) -> dict[str, Section]:
+    """What `build` finds of each arm that has it, by the arm's title."""
+    found = {arms.TITLES[arm]: build(arms.folder(workdir, arm)) for arm in arms.ARMS}
+    return {title: section for title, section in found.items() if section}
+
+
+def _instances(folder: Path) -> Section | None:
+    accepted = read_rows(folder / "instances.jsonl")
+    rejected = read_rows(folder / "rejected_instances.jsonl")
     if not accepted and not rejected:
         return None
     return {
@@ -211,9 +217,7 @@ def _instances(workdir: Path) -> Section | None:
 
 def _data_sets(workdir: Path) -> Section | None:
     """The data set of each arm in numbers, and the figures of the first."""
-    folders = {arms.TITLES[arm]: arms.folder(workdir, arm) for arm in arms.ARMS}
-    read = {name: read_json(path / "dataset/statistics.json") for name, path in folders.items()}
-    found = {name: statistics for name, statistics in read.items() if statistics}
+    found = _by_arm(workdir, lambda folder: read_json(folder / "dataset/statistics.json"))
     if not found:
         return None
     tables = [dataset_statistics.table(statistics) for statistics in found.values()]
@@ -226,8 +230,8 @@ def _data_sets(workdir: Path) -> Section | None:
     }
 
 
-def _finetuning(workdir: Path) -> Section | None:
-    rows = read_rows(workdir / "sft" / "metrics.jsonl")
+def _finetuning(folder: Path) -> Section | None:
+    rows = read_rows(folder / "sft" / "metrics.jsonl")
     if not rows:
         return None
     return {
@@ -245,17 +249,19 @@ def _evaluation(workdir: Path) -> Section | None:
     if not content.get("arms"):
         return None
     runs = comparison.runs_of(content, str(path))
-    arms = list(runs)
+    names = list(runs)
     compared = comparison.compare(list(runs.values())) if len(runs) > 1 else None
     pairs = compared["pairs"] if compared else []
-    against = [pair for pair in pairs if pair["second"] == runs[arms[-1]].name]
+    method = {pair["first"]: pair for pair in pairs if pair["second"] == arms.TITLES["refine_af"]}
+    against = [pair for pair in pairs if pair["second"] == runs[names[-1]].name]
     rouge = {run.name: comparison.by_task(run.scores) for run in runs.values()}
     return {
         "arms": {arm: run.name for arm, run in runs.items()},
         "scores": {arm: run.scores for arm, run in runs.items()},
-        "first": arms[0],
-        "last": arms[-1],
-        "comparisons": dict(zip(arms, against, strict=False)),
+        "first": names[0],
+        "last": names[-1],
+        "baseline": method.get(arms.TITLES["self_instruct"]),
+        "comparisons": dict(zip(names, against, strict=False)),
         "comparison": comparison_report.section(compared) if compared else None,
         "predictions": _predictions(read_rows(workdir / "predictions.jsonl")),
         "figure": Markup(plots.evaluation(rouge)),
@@ -271,12 +277,15 @@ def _timings(workdir: Path) -> Section | None:
 
 
 # By the template's name of it, with the files that it is made of.
-_SECTIONS: dict[str, tuple[Callable[[Path], Section | None], str]] = {
+_SECTIONS: dict[str, tuple[Callable[[Path], Section | dict[str, Section] | None], str]] = {
     "instructions": (_instructions, "instructions.jsonl, rejected_instructions.jsonl"),
     "ppo": (_ppo, "ppo/metrics.jsonl, ppo/rollouts.jsonl, ppo/evaluation.json"),
-    "instances": (_instances, "instances.jsonl, rejected_instances.jsonl"),
+    "instances": (
+        lambda workdir: _by_arm(workdir, _instances),
+        "instances.jsonl, rejected_instances.jsonl",
+    ),
     "data_sets": (_data_sets, "dataset/statistics.json"),
-    "finetuning": (_finetuning, "sft/metrics.jsonl"),
+    "finetuning": (lambda workdir: _by_arm(workdir, _finetuning), "sft/metrics.jsonl"),
     "evaluation": (_evaluation, "evaluation.json, predictions.jsonl"),
     "timings": (_timings, "timings.json"),
 }

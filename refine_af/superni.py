@@ -142,7 +142,7 @@ def build_prompt(
     """The prompt of Tk-Instruct (https://arxiv.org/abs/2204.07705), zero- or few-shot.
 
     The first example that would make the prompt longer than `max_tokens`, and those after it, are
-    dropped. A prompt too long without any example is returned whole: cutting is the caller's.
+    dropped. A prompt too long without any example is returned whole.
 
     Args:
         task: gives the definition and the examples.

@@ -219,6 +219,13 @@ def test_statistics_by_hand(written: Path) -> None:
     assert found["dropped"]["instances"] == {"duplicate": 3, "truncated": 2}
 
 
+def test_shares_of_outputs_by_hand() -> None:
+    pairs = [("a b c", "B, c."), ("", "yes"), ("a", "yes no"), ("x", "yes")]
+    rows: list[records.Row] = [{"input": given, "output": output} for given, output in pairs]
+    shares = dataset_statistics.shares(rows)
+    assert shares == {"one_word": 0.5, "nothing_of_their_own": 0.25, "different": 0.75}
+
+
 def test_pairs_of_neighbouring_words() -> None:
     assert dataset_statistics.vocabulary(["a b a b", "B a"]) == {
         "words": 6,

@@ -2,12 +2,13 @@
 
 import functools
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
 from rouge_score import rouge_scorer, scoring
 
-from refine_af import novelty
+from refine_af import benchmark_novelty, novelty, seeds
 from refine_af.novelty import NoveltyPool
 
 SCORER = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
@@ -53,6 +54,28 @@ def overlapping(n: int, m: int, common: int) -> tuple[str, str]:
 
 def is_novel(pool: NoveltyPool, text: str, max_similarity: float) -> bool:
     return pool.is_novel(text, pool.compare(text), max_similarity)
+
+
+@pytest.mark.slow
+def test_2000_instructions_are_decided_as_by_rouge_score() -> None:
+    """Those of the benchmark. A pair whose words, in whatever order, have too few in common is left
+    out: its longest common subsequence cannot have more.
+    """
+    pool = [task.instruction for task in seeds.load()]
+    counts = [Counter(SCORER._tokenizer.tokenize(text)) for text in pool]
+    expected = []
+    for text in benchmark_novelty.first_candidates(2000):
+        words = Counter(SCORER._tokenizer.tokenize(text))
+        near = (
+            known
+            for known, other in zip(pool, counts, strict=True)
+            if 2 * (words & other).total() >= 0.69 * (words.total() + other.total())
+        )
+        expected.append(all(reference(known, text) <= 0.7 for known in near))
+        if expected[-1]:
+            pool.append(text), counts.append(words)
+    assert benchmark_novelty.decisions(2000, 0)[1] == expected
+    assert 1400 < sum(expected) < 1700
 
 
 def test_rouge_l_is_bit_equal_to_rouge_score() -> None:

@@ -1,9 +1,9 @@
 """Scores against the official evaluation of Super-NaturalInstructions.
 
 Its rules are transcribed here on `rouge-score` itself and `transformers`. Its figures for two
-trivial predictors are reproduced where REFINE_AF_SUPERNI names a directory with `tasks/`,
-`test_tasks.txt`, `predictions_NAME.jsonl` and `expected_scores.json`; the official task files are
-not part of this project.
+trivial predictors are reproduced where REFINE_AF_SUPERNI, or else `shared/data/superni` beside the
+checkout, is a directory with `tasks/`, `test_tasks.txt`, `predictions_NAME.jsonl` and
+`expected_scores.json`; the official task files are not part of this project.
 """
 
 import functools
@@ -22,7 +22,8 @@ from refine_af import seeds, superni
 from refine_af.models import gpt2_tokenizer, sources
 from refine_af.superni import Task
 
-OFFICIAL = os.environ.get("REFINE_AF_SUPERNI", "")
+_BESIDE = Path(__file__).resolve().parents[2] / "shared/data/superni"
+OFFICIAL = os.environ.get("REFINE_AF_SUPERNI") or (str(_BESIDE) if _BESIDE.is_dir() else "")
 LANGUAGES = [
     "The cat sat on the mat, didn't it?",
     "Le garçon mange une pêche à l'école.",

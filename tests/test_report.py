@@ -1,6 +1,7 @@
 """The report of a run, on a small workdir made here."""
 
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -220,6 +221,31 @@ def test_broken_json_names_the_file_and_keeps_the_old_report(workdir: Path) -> N
     with pytest.raises(ValueError, match=r"evaluation\.json: not valid JSON"):
         write_report(workdir)
     assert (workdir / "report.html").read_bytes() == old
+
+
+@pytest.mark.usefixtures("sketched")
+def test_both_arms_are_told_of(workdir: Path) -> None:
+    """And the paper's headline: on how many tasks the method is better than Self-Instruct."""
+    shutil.copytree(workdir / "sft", workdir / "self_instruct/sft")
+    shutil.copy(workdir / "instances.jsonl", workdir / "self_instruct")
+    rouge = {"refine_af": (30, 20, 10), "self_instruct": (10, 10, 20), "base": (1, 1, 1)}
+    arms = {arm: scores(dict(zip("abc", of, strict=True))) for arm, of in rouge.items()}
+    write_json(workdir / "evaluation.json", {"arms": arms})
+    text = read(workdir).text
+    assert "REFINE-AF: of 4 answers, 3 were accepted" in text
+    assert "Self-Instruct: of 3 answers, 3 were accepted" in text
+    assert "REFINE-AF: 3 steps" in text and "Self-Instruct: 3 steps" in text
+    assert "Against Self-Instruct, which is the same without PPO, it is better on 66.7% of" in text
+
+
+@pytest.mark.usefixtures("sketched")
+def test_the_baseline_alone_has_run(workdir: Path) -> None:
+    (workdir / "self_instruct").mkdir()
+    for name in ("instances.jsonl", "rejected_instances.jsonl", "sft", "dataset"):
+        (workdir / name).rename(workdir / "self_instruct" / name)
+    text = read(workdir).text
+    assert "has not run" not in text
+    assert "The base model wrote 3 input and output pairs" in text
 
 
 # The figures by themselves

@@ -1,0 +1,47 @@
+"""Prompts of an evaluation that a model's context has no room for."""
+
+import dataclasses
+
+import pytest
+from absl import logging
+
+from refine_af import evaluation
+from refine_af.configs import tiny
+from refine_af.models.byte_tokenizer import byte_tokenizer
+from refine_af.superni import Instance, Task
+
+OPTIONS = dataclasses.replace(
+    tiny.get_config().evaluation, num_examples=0, format="raw", max_new_tokens=10
+)
+LONG, SHORT = Instance("long", "abcde " * 60, ("x",)), Instance("short", "abc", ("x",))
+
+
+def task(definition: str = "Say it.") -> Task:
+    return Task("task1", "Title Generation", definition, (), (LONG, SHORT), "default")
+
+
+def text_of(found: list[evaluation.Question], id: str) -> str:
+    (question,) = [q for q in found if q.id == id]
+    return str(byte_tokenizer().decode(question.prompt_ids, skip_special_tokens=True))
+
+
+def test_an_input_without_room_loses_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: said.append(text % values))
+    whole = evaluation.questions([task()], byte_tokenizer(), OPTIONS, 1000)
+    assert not said
+    assert LONG.input.strip() in text_of(whole, "long")
+    cut = evaluation.questions([task()], byte_tokenizer(), OPTIONS, 150)
+    assert text_of(cut, "short") == text_of(whole, "short")
+    text = text_of(cut, "long")
+    assert text.endswith("\nOutput:") and "Input: abcde abcde" in text
+    assert 139 <= max(len(q.prompt_ids) for q in cut) <= 140  # a blank at the end does not count
+    assert said == [
+        "evaluation: the ends of 1 inputs were cut off, which left no room for 10 tokens in the "
+        "model's context of 150"
+    ]
+
+
+def test_a_definition_without_room_is_refused() -> None:
+    with pytest.raises(ValueError, match="task1: its definition and examples leave no room in the"):
+        evaluation.questions([task("Say it. " * 40)], byte_tokenizer(), OPTIONS, 150)
