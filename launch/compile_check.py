@@ -9,13 +9,13 @@ import sys
 
 from absl import flags as absl_flags
 
-from refine_af import compilation
+from refine_af import abstract_run, compilation
 from refine_af.compilation import GIB, Figures, TooLargeError
 from refine_af.launch import flags
 
 _TOPOLOGY = absl_flags.DEFINE_string("topology", "local", "TPU slice, or local.")
 _PROGRAM = absl_flags.DEFINE_list(
-    "program", ["update", "sample"], f"Of {', '.join(compilation.KINDS)}."
+    "program", ["update", "sample"], f"Of {', '.join(abstract_run.KINDS)}."
 )
 _PROMPT = absl_flags.DEFINE_integer(
     "prompt_length", 1024, "Tokens of the longest prompt.", lower_bound=1
@@ -28,12 +28,12 @@ _MOST_COLLECTIVES = 8  # that are printed
 
 def main() -> None:
     """Compile, print, and exit 1 where something does not fit."""
-    unknown = [name for name in _PROGRAM.value if name not in compilation.KINDS]
+    unknown = [name for name in _PROGRAM.value if name not in abstract_run.KINDS]
     if unknown:
-        raise ValueError(f"--program={unknown[0]}: expected some of {list(compilation.KINDS)}")
-    run = compilation.abstract_run(flags.experiment(), _TOPOLOGY.value, _PROMPT.value)
+        raise ValueError(f"--program={unknown[0]}: expected some of {list(abstract_run.KINDS)}")
+    run = abstract_run.abstract_run(flags.experiment(), _TOPOLOGY.value, _PROMPT.value)
     if _SHARDING.value:
-        print("\n".join(compilation.sharding_table(run.base)))
+        print("\n".join(compilation.sharding_table(run)))
     fits = True
     for kind in _PROGRAM.value:
         for program in run.programs(kind):

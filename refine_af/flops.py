@@ -8,6 +8,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,29 +17,26 @@ from refine_af.config import Ppo
 from refine_af.models.config import ModelConfig
 from refine_af.models.weights import expected_shapes
 
-# Dense bfloat16 operations a second of one device, from the makers' data sheets.
-_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-# Bytes of its memory that it reads a second, from the same.
-_BANDWIDTHS = {
-    "TPU v4": 1.228e12,
-    "TPU v5 lite": 0.819e12,
-    "TPU v5": 2.765e12,
-    "TPU v5p": 2.765e12,
-    "TPU v6 lite": 1.64e12,
-    "NVIDIA A100-SXM4-40GB": 1.555e12,
-    "NVIDIA A100-SXM4-80GB": 2.039e12,
-    "NVIDIA H100 80GB HBM3": 3.35e12,
-    "NVIDIA H200": 4.8e12,
+
+class Chip(NamedTuple):
+    """What its maker says of a device."""
+
+    operations: float  # dense bfloat16, a second
+    bandwidth: float  # bytes of its memory, a second
+
+
+_CHIPS = {
+    "TPU v4": Chip(275e12, 1.228e12),
+    "TPU v5 lite": Chip(197e12, 0.819e12),
+    "TPU v5e": Chip(197e12, 0.819e12),
+    "TPU v5": Chip(459e12, 2.765e12),
+    "TPU v5p": Chip(459e12, 2.765e12),
+    "TPU v6 lite": Chip(918e12, 1.64e12),
+    "TPU v6e": Chip(918e12, 1.64e12),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1.555e12),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2.039e12),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3.35e12),
+    "NVIDIA H200": Chip(989e12, 4.8e12),
 }
 _SIZE = 2048  # of the product that is measured where the device is not known
 
@@ -50,8 +48,8 @@ def peak(dtype: str) -> float:
     As the maker says of bfloat16, or measured in a tenth of a second in `dtype`.
     """
     kind = jax.devices()[0].device_kind
-    if kind in _PEAKS:
-        return _PEAKS[kind] * jax.device_count()
+    if kind in _CHIPS:
+        return _CHIPS[kind].operations * jax.device_count()
     # Simulated devices share one processor, so that its rate is that of all.
     return product_rate(jnp.dtype(dtype), _SIZE)
 
@@ -63,9 +61,10 @@ def least_seconds(kind: str, operations: float, read: float) -> float | None:
         operations: bfloat16 products.
         read: bytes of its memory.
     """
-    if kind not in _PEAKS:
+    if kind not in _CHIPS:
         return None
-    return max(operations / _PEAKS[kind], read / _BANDWIDTHS[kind])
+    chip = _CHIPS[kind]
+    return max(operations / chip.operations, read / chip.bandwidth)
 
 
 def product_rate(dtype: jnp.dtype, size: int) -> float:

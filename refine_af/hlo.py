@@ -31,6 +31,12 @@ class Collective(NamedTuple):
     size: int  # bytes of it
     times: int  # that it runs; in a loop of unknown length, once
 
+    @property
+    def sizes(self) -> set[Shape]:
+        """Of each array of the result, its axes in order of size, those of one entry left out."""
+        arrays = (dims.split(",") for _, dims in _ARRAY.findall(self.shape))
+        return {tuple(sorted(int(n) for n in dims if n not in ("", "1"))) for dims in arrays}
+
 
 class _Found(NamedTuple):
     """A collective's line; lines of one channel are pieces of one collective, or copies of it."""

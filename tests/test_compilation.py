@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import Program, only_its_own_flags, program, refused
 
-from refine_af import compilation, flops, hlo
+from refine_af import abstract_run, compilation, flops, hlo
 from refine_af.compilation import GIB, Figures
 from refine_af.config import Mesh
 from refine_af.configs import tiny
@@ -97,9 +97,9 @@ def test_shapes_that_a_device_has_whole(whole: bool) -> None:
 CONFIG = dataclasses.replace(tiny.get_config(), mesh=Mesh(data=2, fsdp=2, tensor=2))
 
 
-@pytest.mark.parametrize("kind", compilation.KINDS)
+@pytest.mark.parametrize("kind", abstract_run.KINDS)
 def test_every_program_compiles_as_shapes(kind: str) -> None:
-    run = compilation.abstract_run(CONFIG, "local", 40)
+    run = abstract_run.abstract_run(CONFIG, "local", 40)
     for one in run.programs(kind):
         figures = compilation.compiled(one, run.base)
         assert figures.fits
@@ -109,9 +109,61 @@ def test_every_program_compiles_as_shapes(kind: str) -> None:
         assert figures.operations >= share * figures.model_operations
         assert figures.collectives
         if kind in ("update", "sft"):
-            assert figures.aliased > 0.9 * compilation.bytes_on_device(one.donated)
+            assert figures.aliased > 0.9 * abstract_run.bytes_on_device(one.donated)
         if kind == "sample":
-            assert figures.resident > compilation.bytes_on_device(run.base.params)
+            assert figures.resident > abstract_run.bytes_on_device(run.base.params)
+
+
+def test_int8_makes_sampling_smaller() -> None:
+    """Of a float32 model: weights of linears and the cache shrink to a quarter, and scales come."""
+    ppo = dataclasses.replace(CONFIG.ppo, int8_weights=True, int8_cache=True)
+    sizes = []
+    for config in (CONFIG, dataclasses.replace(CONFIG, ppo=ppo)):
+        run = abstract_run.abstract_run(config, "local", 40)
+        sizes.append(compilation.compiled(run.programs("sample")[1], run.base).arguments)
+    assert sizes[1] < 0.7 * sizes[0]
+
+
+def test_a_mesh_that_a_run_refuses_is_refused() -> None:
+    config = dataclasses.replace(CONFIG, mesh=Mesh(fsdp=1, tensor=8))
+    with pytest.raises(ValueError, match="mesh tensor=8 does not divide the model's num_heads=4"):
+        abstract_run.abstract_run(config, "local", 40)
+
+
+def test_what_looks_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the tiny model everything is large."""
+    monkeypatch.setattr(compilation, "_LARGE", 0)
+    run = abstract_run.abstract_run(CONFIG, "local", 40)
+    (update,), (_, decode) = run.programs("update"), run.programs("sample")
+    gate = run.base.params["layers"]["feed_forward"]["gate"]["kernel"]
+    dims = ",".join(map(str, gate.shape))
+    moved = [Collective("all-gather", f"f32[{dims}]", 4 * gate.size, 1)]
+    one_layer = [Collective("all-gather", f"f32[1,{dims[2:]}]", 2 * gate.size, 1)]
+    stack = [f"all-gather of a whole parameter, f32[{dims}]"]
+    assert compilation._whole_parameters(moved, update, run.base) == stack
+    assert not compilation._whole_parameters(one_layer, update, run.base)
+    assert len(compilation._whole_parameters(one_layer, decode, run.base)) == 1
+    reduced = [one._replace(kind="all-reduce") for one in one_layer]
+    assert not compilation._whole_parameters(reduced, decode, run.base)
+    whole = NamedSharding(run.base.mesh, P())
+    held = {"table": jax.ShapeDtypeStruct((64, 2), jnp.float32, sharding=whole)}
+    assert compilation._replicated(held, run.base.mesh) == [
+        "every device holds all of ['table'], float32[64, 2]"
+    ]
+    assert compilation._not_donated(3 * GIB, GIB) == [
+        "2.00 GiB of the donated state are not reused"
+    ]
+    assert compilation._not_split([(8, 96)], run.base) == ["every device computes all of [8, 96]"]
+    assert not compilation._not_split([gate.shape[1:]], run.base)
+
+
+def test_the_table_of_shardings_adds_up() -> None:
+    run = abstract_run.abstract_run(CONFIG, "local", 40)
+    *lines, total = compilation.sharding_table(run)
+    assert any(line.startswith("ppo/value_head") for line in lines)
+    assert any(line.startswith("ppo/policy/adapter/layers/attention/q") for line in lines)
+    sizes = [float(line.split()[-1]) for line in lines]
+    assert total.startswith("all ") and float(total.split()[-1]) == pytest.approx(sum(sizes), abs=1)
 
 
 def test_operations_are_those_of_the_model_where_attention_is_small() -> None:
@@ -130,12 +182,12 @@ def test_the_least_time_by_hand() -> None:
     assert flops.least_seconds("TPU v5 lite", 197e12, 819e9 / 2) == pytest.approx(1.0)
     assert flops.least_seconds("TPU v5 lite", 197e12, 819e9 * 2) == pytest.approx(2.0)
     assert flops.least_seconds("cpu", 1.0, 1.0) is None
-    assert flops._PEAKS.keys() == flops._BANDWIDTHS.keys()
+    assert compilation._MEMORY.keys() == {kind for kind in flops._CHIPS if kind[:3] == "TPU"}
 
 
-def run_of(trained: str) -> compilation.Run:
+def run_of(trained: str) -> abstract_run.Run:
     ppo = dataclasses.replace(CONFIG.ppo, trained=trained)
-    return compilation.abstract_run(dataclasses.replace(CONFIG, ppo=ppo), "local", 40)
+    return abstract_run.abstract_run(dataclasses.replace(CONFIG, ppo=ppo), "local", 40)
 
 
 def figures(**changes: Any) -> Figures:
@@ -193,7 +245,7 @@ def test_the_program_prints_and_exits_1_where_something_does_not_fit(
 
 def test_bad_flags_are_refused(program: Program) -> None:
     assert program("compile_check", "--config=tiny", "--program=all") == refused(
-        "--program=all: expected some of ['update', 'sample', 'score', 'sft']"
+        "--program=all: expected some of ['read', 'update', 'sample', 'score', 'sft']"
     )
     wrong = program("compile_check", "--config=tiny", "--topology=v9:1x1")
     assert (wrong.code, wrong.out) == (2, "")
