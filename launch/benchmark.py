@@ -33,7 +33,11 @@ _SUITE = absl_flags.DEFINE_list(
     "device.",
 )
 _CASES = absl_flags.DEFINE_list("cases", None, "Only these cases; default: all of the suites.")
-_MODEL = absl_flags.DEFINE_string("model", "smollm2-135m-instruct", "As in `generate`.")
+_MODEL = absl_flags.DEFINE_string(
+    "model",
+    None,
+    "As in `generate`; default: smollm2-135m-instruct, for suite large random:llama2-7b.",
+)
 _DTYPE = absl_flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of everything.")
 _DECODE_KERNEL = absl_flags.DEFINE_enum(
     "decode_kernel", "xla", DECODE_KERNELS, "Of attention to a cache: xla, or pallas on a GPU."
@@ -49,6 +53,7 @@ SUITES: dict[str, tuple[list[str], Callable[[Model, Limits, int, list[str]], Ite
     "novelty": (list(benchmark_novelty.CASES), benchmark_novelty.rows),
     _LARGE: (list(benchmark_large.CASES), benchmark_large.rows),
 }
+_SMALL_MODEL, _LARGE_MODEL = "smollm2-135m-instruct", "random:llama2-7b"
 _SHORT = {"novelty": benchmark_novelty.SHORT}
 _COLUMNS = (
     "suite",
@@ -101,7 +106,7 @@ def main() -> None:
     """Measure, print, write."""
     suites = selected()
     model = Model(
-        source=_MODEL.value,
+        source=_SMALL_MODEL,
         dtype=_DTYPE.value,
         param_dtype=_DTYPE.value,
         decode_kernel=_DECODE_KERNEL.value,
@@ -113,6 +118,8 @@ def main() -> None:
     found: list[Row] = []
     with bar("benchmark", total=sum(map(len, cases.values())), unit="case") as progress:
         for suite, names in cases.items():
+            source = _MODEL.value or (_LARGE_MODEL if suite == _LARGE else _SMALL_MODEL)
+            model = dataclasses.replace(model, source=source)
             for row in SUITES[suite][1](model, limits, _REPEATS.value, names):
                 found.append(row)
                 progress.update(len({r.case for r in found}) - progress.n)

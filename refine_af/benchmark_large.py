@@ -1,8 +1,8 @@
-"""Large models on an accelerator: decoding behind long contexts, and a PPO update of long rows.
+"""Large models on an accelerator: decoding behind long contexts, updates, whole PPO steps.
 
 The weights are random (`--model=random:llama2-7b`). Decoding is timed apart from the reading of
 prompts: as the difference between writing few and many tokens. `transformers` decodes the same
-lengths; the update has no reference here, only the limit of the machine.
+lengths; updates and steps have no reference here, only the limit of the machine.
 """
 
 import dataclasses
@@ -15,21 +15,25 @@ from typing import Any
 import jax
 import numpy as np
 
-from refine_af import base_model, benchmark_update, benchmarks
+from refine_af import base_model, benchmark_update, benchmarks, policy_update, rollout
 from refine_af.benchmark_sampling import Case
 from refine_af.benchmark_update import Shape
 from refine_af.benchmarks import Limits, Measured, Row
 from refine_af.config import Mesh, Model, Sampling
 from refine_af.engine import Engine
+from refine_af.mesh import shard_batch
 from refine_af.models import cache, sources
 from refine_af.models.config import ModelConfig
 from refine_af.models.weights import expected_shapes
+from refine_af.policy import Policy
 from refine_af.requests import Request
+from refine_af.rollout import Layout
 
 _PROMPT, _FEW, _MANY = 928, 32, 160  # 1,024 columns are filled on average between the two
 DECODE = {"decode1": 1, "decode64": 64}  # slots
 UPDATE = {"update2k": Shape(rows=16, prompt=1024, answer=1024, microbatches=4, remat="cheap")}
-CASES = (*DECODE, *UPDATE)
+STEP = {"ppo": Shape(rows=64, prompt=512, answer=512, microbatches=16, remat="cheap")}
+CASES = (*DECODE, *UPDATE, *STEP)
 
 
 def rows(model: Model, limits: Limits, repeats: int, names: list[str]) -> Iterator[Row]:
@@ -45,10 +49,17 @@ def rows(model: Model, limits: Limits, repeats: int, names: list[str]) -> Iterat
             f"this model's is {config.max_positions}; take random:llama2-7b, say"
         )
     for name in names:
-        if name in UPDATE:
-            shape = UPDATE[name]
-            ours = benchmarks.isolated(measure_update, model, shape, repeats)
+        if name not in DECODE:
+            shape, measure = (
+                (UPDATE[name], measure_update) if name in UPDATE else (STEP[name], measure_ppo)
+            )
+            ours = benchmarks.isolated(measure, model, shape, repeats)
             limit = benchmark_update.limit_seconds(config, shape, limits)
+            if name in STEP:  # the rollout is also read by policy and reference, and written
+                limit *= 2
+                limit += shape.answer * step_seconds(
+                    config, shape.rows, shape.prompt + shape.answer // 2, model.dtype, limits
+                )
             yield benchmarks.row("large", name, "tokens/s", ours, None, "", limit)
             continue
         ours = benchmarks.isolated(measure_ours, model, DECODE[name], repeats)
@@ -60,16 +71,22 @@ def rows(model: Model, limits: Limits, repeats: int, names: list[str]) -> Iterat
 
 
 def limit_seconds(config: ModelConfig, slots: int, dtype: str, limits: Limits) -> float:
-    """Least time of the steps from `_FEW` to `_MANY` tokens: all weights and caches are read."""
+    """Least time of the steps from `_FEW` to `_MANY` tokens."""
+    context = _PROMPT + (_FEW + _MANY) // 2
+    return (_MANY - _FEW) * step_seconds(config, slots, context, dtype, limits)
+
+
+def step_seconds(
+    config: ModelConfig, slots: int, context: int, dtype: str, limits: Limits
+) -> float:
+    """Least time of a token for every slot: all weights and caches are read."""
     shapes = expected_shapes(config)
     weights = sum(math.prod(shape) for shape in shapes.values())
     if not config.tie_embeddings:
         weights -= math.prod(shapes["embedding"])  # one row of it a token
-    context = _PROMPT + (_FEW + _MANY) // 2
     read = weights * jax.numpy.dtype(dtype).itemsize
     read += cache.num_bytes(dataclasses.replace(config, dtype=dtype), slots, context)
-    step = max(read / limits.bandwidth, 2 * weights * slots / limits.flops)
-    return (_MANY - _FEW) * step
+    return max(read / limits.bandwidth, 2 * weights * slots / limits.flops)
 
 
 def measure_ours(model: Model, slots: int, repeats: int) -> Measured:
@@ -140,4 +157,32 @@ def measure_update(model: Model, shape: Shape, repeats: int) -> Measured:
     ids = rng.integers(0, base.config.vocab_size, (shape.rows, shape.prompt + shape.answer))
     step = benchmark_update.updater(base, shape, ids, benchmark_update.random_reading(shape, rng))
     measured = benchmarks.measure(lambda: step()[0], repeats)
+    return dataclasses.replace(measured, peak_mib=benchmarks.device_peak())
+
+
+def measure_ppo(model: Model, shape: Shape, repeats: int) -> Measured:
+    """New tokens a second of whole PPO steps: sample, read, update. Scoring is left out."""
+    base, options = base_model.load(model, Mesh()), shape.options
+    policy, engine = Policy(base, options), base.engine(shape.rows)
+    update = policy_update.make_update(policy.definition, options, base.mesh)
+    state = benchmark_update.new_state(base, options)
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, base.config.vocab_size, (shape.rows, shape.prompt)).tolist()
+    requests = [Request(tuple(ids), options.sampling, seed=i) for i, ids in enumerate(prompts)]
+    layout = Layout(shape.prompt + shape.answer, shape.answer, shape.microbatches)
+
+    def once() -> float:
+        nonlocal state
+        weights = policy.for_sampling(state.params)
+        answers = dataclasses.replace(engine, eos_ids=()).generate(weights, requests)
+        del weights
+        scores = rng.normal(size=shape.rows).tolist()
+        rows = shard_batch(base.mesh, rollout.build(requests, answers, scores, layout))
+        definitions, params = (policy.definition, base.definition), (base.params, state.params)
+        reading = rollout.jit_read(*definitions, *params, rows, 1.0, shape.microbatches)
+        state, metrics = update(base.params, state, rows, reading, jax.random.key(0))
+        jax.block_until_ready(metrics)
+        return shape.rows * shape.answer
+
+    measured = benchmarks.measure(once, repeats)
     return dataclasses.replace(measured, peak_mib=benchmarks.device_peak())

@@ -106,7 +106,7 @@ def updater(
     options = shape.options
     batch, read = shard_batch(base.mesh, (_rollout(shape, ids), reading))
     update = policy_update.make_update(base.adapted(options.lora), options, base.mesh)
-    state = _state(base, options)
+    state = new_state(base, options)
 
     def once() -> tuple[float, policy_update.Metrics]:
         nonlocal state
@@ -134,13 +134,14 @@ def _make(source: str, folder: str) -> ModelConfig:
     ids = rng.integers(0, config.vocab_size, (_SHAPE.rows, _SHAPE.prompt + _SHAPE.answer))
     reading = random_reading(_SHAPE, rng)
     batch = _rollout(_SHAPE, ids)
-    advantages, returns = policy_update.estimate(batch, reading, _state(base, options), options)
+    advantages, returns = policy_update.estimate(batch, reading, new_state(base, options), options)
     arrays: dict[str, Any] = {"ids": ids, "advantages": advantages, "returns": returns}
     np.savez(f"{folder}/rollout.npz", **arrays, **reading._asdict())
     return config
 
 
-def _state(base: BaseModel, options: Ppo) -> TrainState:
+def new_state(base: BaseModel, options: Ppo) -> TrainState:
+    """Before the first step."""
     params = Policy(base, options).new_params(0)
     fresh = training.new_state(params, policy_update.optimizer(options), options.kl_coef)
     placed: TrainState = base.place_state(fresh)

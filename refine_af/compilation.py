@@ -161,9 +161,10 @@ def _not_split(shapes: Iterable[hlo.Shape], base: BaseModel) -> list[str]:
 
     Weights are gathered, as they should be: a layer's at a time, and the head's in blocks.
     """
-    params, model = jax.tree.leaves(base.params), base.config
-    weights_ = {tuple(sorted(x.shape[i:])) for x in params for i in (0, 1)}
-
+    model = base.config
+    others = {name: x for name, x in base.params.items() if name != "layers"}
+    weights_ = {tuple(sorted(x.shape)) for x in jax.tree.leaves(others)}
+    weights_ |= {tuple(sorted(x.shape[1:])) for x in jax.tree.leaves(base.params["layers"])}
     block = model.vocab_size // logprobs.num_blocks(model.vocab_size)
     weights_.add(tuple(sorted((model.embed_dim, block))))
     return [

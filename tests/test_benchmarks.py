@@ -66,11 +66,14 @@ def test_large_cases_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(benchmark_large, name, value)
     shape = Shape(rows=8, prompt=8, answer=8, microbatches=1, remat="cheap")
     monkeypatch.setitem(benchmark_large.UPDATE, "update2k", shape)
+    monkeypatch.setitem(benchmark_large.STEP, "ppo", shape)
     model = Model(source="random:tiny", dtype="float32", param_dtype="float32")
-    decode, update = benchmark_large.rows(model, Limits(1e9, 1e9), 1, ["decode1", "update2k"])
+    names = ["decode1", "update2k", "ppo"]
+    decode, update, step = benchmark_large.rows(model, Limits(1e9, 1e9), 1, names)
     assert decode.ours > 0 and decode.reference is not None and decode.ratio is not None
     assert (update.reference, update.ratio, update.reference_peak_mib) == (None, None, None)
     assert update.ours > 0 and update.limit_share is not None
+    assert step.ours > 0 and step.limit_share is not None
 
 
 def test_the_limit_of_decoding_by_hand() -> None:
@@ -106,7 +109,7 @@ def test_all_suites_are_those_that_suit_the_device() -> None:
     code += "of(['all', 'novelty'], [], 'cpu'), of(['all'], ['filter500', 'lora'], 'cpu')])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     on_gpu, on_cpu, only = ast.literal_eval(run.stdout)
-    assert on_gpu == {"large": ["decode1", "decode64", "update2k"]}
+    assert on_gpu == {"large": ["decode1", "decode64", "update2k", "ppo"]}
     assert list(on_cpu) == ["sample", "score", "update", "novelty"]
     assert on_cpu["novelty"] == ["filter500", "filter2000", "filter15000"]
     assert only == {"sample": [], "score": [], "update": ["lora"], "novelty": ["filter500"]}
