@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags as absl_flags
 
 from refine_af import base_model, evaluation, records, superni
-from refine_af.config import TRACKS, Evaluation, Mesh, Model
+from refine_af.config import TRACKS, Evaluation, Model
 from refine_af.launch import _stages, flags
 
 _WORKDIR = flags.workdir_flags()
@@ -33,6 +33,12 @@ _NUM_EXAMPLES = absl_flags.DEFINE_integer("num_examples", 2, "Demonstrations.", 
 _FORMAT = absl_flags.DEFINE_enum("format", "raw", ["raw", "chat"], "How prompts are framed.")
 _BATCH_SIZE = absl_flags.DEFINE_integer("batch_size", 32, "Rows at a time.", lower_bound=1)
 _DTYPE = absl_flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the arithmetic.")
+_MAX_INSTANCES = absl_flags.DEFINE_integer("max_instances", 100, "Of each task.", lower_bound=1)
+_MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", 128, "Of an answer.", lower_bound=1)
+_MAX_SOURCE_TOKENS = absl_flags.DEFINE_integer(
+    "max_source_tokens", 1024, "Of a prompt; demonstrations beyond are left out.", lower_bound=1
+)
+_MESH = flags.mesh_flag()
 
 
 def _alone() -> bool:
@@ -43,7 +49,11 @@ def _alone() -> bool:
 def main() -> None:
     """The stage of a run, or an evaluation by itself."""
     if not _alone():
-        given = [flag.name for flag in (_MODEL, _PREDICTIONS, _OUTPUT) if flag.value]
+        alone = (
+            *(_MODEL, _PREDICTIONS, _TASKS, _SPLIT, _TRACK, _OUTPUT, _NUM_EXAMPLES, _FORMAT),
+            *(_BATCH_SIZE, _DTYPE, _MAX_INSTANCES, _MAX_NEW_TOKENS, _MAX_SOURCE_TOKENS, _MESH),
+        )
+        given = [flag.name for flag in alone if flag.present]
         if given:
             raise ValueError(f"--{given[0]} and --config exclude each other: a run has its own")
         _stages.run(["evaluate"], *_WORKDIR)
@@ -58,6 +68,9 @@ def main() -> None:
         num_examples=_NUM_EXAMPLES.value,
         format=_FORMAT.value,
         batch_size=_BATCH_SIZE.value,
+        max_instances=_MAX_INSTANCES.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value,
+        max_source_tokens=_MAX_SOURCE_TOKENS.value,
     )
     tasks = evaluation.load_tasks(options)
     if _PREDICTIONS.value:
@@ -75,7 +88,7 @@ def main() -> None:
 
 def _evaluate_model(options: Evaluation, tasks: list[superni.Task], output: Path) -> dict[str, Any]:
     model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
-    base = base_model.load(model, Mesh())
+    base = base_model.load(model, flags.mesh_of(_MESH), check=True)
     engine = base.engine(options.batch_size)
     asked = evaluation.questions(tasks, base.tokenizer, options, base.config.max_positions)
     predictions = output / evaluation.PREDICTIONS

@@ -139,14 +139,34 @@ def _axes(argument: str) -> list[str]:
     match = re.fullmatch(r"--?config\.mesh=(.*)", argument)
     if match is None:
         return [argument]
+    return [f"--config.mesh.{name}={size}" for name, size in _sizes(match[1], argument).items()]
+
+
+def _sizes(text: str, argument: str) -> dict[str, int]:
+    """Size of every axis of `data:2,fsdp:4`."""
     names = [field.name for field in dataclasses.fields(Mesh)]
-    pairs = [item.partition(":")[::2] for item in match[1].split(",")]
+    pairs = [item.partition(":")[::2] for item in text.split(",")]
     sizes = dict(pairs)
     if len(sizes) < len(pairs) or not all(
         axis in names and re.fullmatch(r"-?\d+", size) for axis, size in pairs
     ):
         raise ValueError(f"{argument}: expected AXIS:SIZE of {names}, as in data:2,fsdp:-1")
-    return [f"--config.mesh.{name}={sizes.get(name, 1)}" for name in names]
+    return {name: int(sizes.get(name, 1)) for name in names}
+
+
+def mesh_flag() -> "flags.FlagHolder[str]":
+    """`--mesh`, for programs without a config."""
+    text = "Devices by axis, such as data:2,fsdp:-1 (-1: the rest); default: all for fsdp."
+    return flags.DEFINE_string("mesh", "", text)
+
+
+def mesh_of(holder: "flags.FlagHolder[str]") -> Mesh:
+    """The mesh that `--mesh` asks for.
+
+    Raises:
+        ValueError: it is no list of axes and sizes.
+    """
+    return Mesh(**_sizes(holder.value, f"--mesh={holder.value}")) if holder.value else Mesh()
 
 
 def _check_fields(argv: Sequence[str], values: ConfigDict) -> None:

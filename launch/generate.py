@@ -14,7 +14,7 @@ from absl import flags as absl_flags
 
 from refine_af import base_model, interruptions, records, tokens
 from refine_af.base_model import BaseModel
-from refine_af.config import Lora, Mesh, Model, Sampling
+from refine_af.config import Lora, Model, Sampling
 from refine_af.config_reading import from_dict
 from refine_af.launch import flags
 from refine_af.models import lora, processes
@@ -57,6 +57,7 @@ _NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Answers to each row.
 _SEED = absl_flags.DEFINE_integer("seed", 0, "Row i draws with seed + i.")
 _DTYPE = absl_flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the arithmetic.")
 _BATCH_SIZE = absl_flags.DEFINE_integer("batch_size", 16, "Answers at a time.", lower_bound=1)
+_MESH = flags.mesh_flag()
 _INT8_WEIGHTS = absl_flags.DEFINE_bool("int8_weights", False, "Round the weights to int8.")
 _INT8_CACHE = absl_flags.DEFINE_bool("int8_cache", False, "Keep keys and values as int8.")
 
@@ -237,7 +238,7 @@ def main() -> None:
     if not rows:
         raise ValueError(f"{_PROMPTS.value}: no rows; expected JSONL")
     model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
-    base = base_model.load(model, Mesh())
+    base = base_model.load(model, flags.mesh_of(_MESH), check=True)
     asked = list(asked_of(rows, base))
     finished = completions(base, asked, *read_adapter(base))
     made = (

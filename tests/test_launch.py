@@ -435,6 +435,12 @@ def test_evaluate_refuses_predictions_of_other_tasks_and_with_a_model(
     assert program("evaluate", "--model=random:tiny", *files) == refused(message)
     message = "--predictions and --config exclude each other: a run has its own"
     assert program("evaluate", "--config=tiny", *files) == refused(message)
+    message = "--split and --config exclude each other: a run has its own"
+    assert program("evaluate", "--config=tiny", "--split=x") == refused(message)
+    message = "--mesh=rows:2: expected AXIS:SIZE of ['data', 'fsdp', 'sequence', 'tensor'], as in "
+    alone = (f"--tasks={tasks}", f"--output={tmp_path / 'out'}", "--model=random:tiny")
+    found = program("evaluate", *alone, "--mesh=rows:2")
+    assert found == refused(message + "data:2,fsdp:-1")
 
 
 @pytest.mark.slow
