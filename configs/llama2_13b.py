@@ -2,7 +2,8 @@
 
 Paper: REFINE-AF, arXiv 2505.06548.
 Command: python -m refine_af.launch.pipeline --config=llama2_13b --workdir=runs/llama2_13b
-Hardware: multiples of 8 TPUs; not compiled for any yet, see docs/sharding.md.
+Hardware: multiples of 8 TPUs, such as 16 TPU v5e or 8 TPU v5p; docs/sharding.md has what was
+compiled.
 """
 
 import dataclasses
