@@ -88,12 +88,20 @@ def selected() -> list[str]:
 
 
 def cases_of(suites: list[str], only: list[str], backend: str) -> dict[str, list[str]]:
-    """Cases to run, by suite; `all` are the shorter ones of those that suit the device."""
+    """Cases to run, by suite; `all` are the shorter ones of those that suit the device.
+
+    Raises:
+        ValueError: there are none.
+    """
     cases = {suite: SUITES[suite][0] for suite in suites if suite != _ALL}
     if _ALL in suites:
         fitting = [suite for suite in SUITES if (suite == _LARGE) == (backend != "cpu")]
         cases = {suite: _SHORT.get(suite, SUITES[suite][0]) for suite in fitting} | cases
-    return {suite: [x for x in some if not only or x in only] for suite, some in cases.items()}
+    if only:
+        cases = {suite: [x for x in SUITES[suite][0] if x in only] for suite in cases}
+    if not any(cases.values()):
+        raise ValueError(f"--cases={','.join(only)}: none of them is in suites {list(cases)}")
+    return cases
 
 
 def line(row: Row) -> str:

@@ -19,12 +19,19 @@ from refine_af.models.config import ModelConfig
 from refine_af.models.contraction import contract
 
 
+class Ring(NamedTuple):
+    """What a row sees of a cache where one column is new."""
+
+    first: Int[Array, "B"]  # column that it sees first
+    end: Int[Array, ""]  # columns written
+
+
 class Seen(NamedTuple):
     """Keys and values, and which of them each query may see; S of them."""
 
     stored: Stored  # of one row where all rows share it
     mask: Bool[Array, "B T S"]
-    ring: tuple[Int[Array, "B"], Int[Array, ""]] | None = None  # first column seen, columns written
+    ring: Ring | None = None  # the same as the mask, for a kernel
 
 
 def visible(
@@ -84,16 +91,26 @@ def decodes_in_place(config: ModelConfig) -> bool:
     """
     if config.decode_kernel == "xla":
         return False
-    obstacle = decode_kernel.obstacle(config)
-    if obstacle:
-        raise ValueError(f"decode_kernel={config.decode_kernel!r}: {obstacle}")
+    check_decode_kernel(config)
     return True
+
+
+def check_decode_kernel(config: ModelConfig) -> None:
+    """Refuse a kernel that was asked for and cannot compute this model's attention.
+
+    Raises:
+        ValueError: says why.
+    """
+    obstacle = decode_kernel.obstacle(config) if config.decode_kernel != "xla" else None
+    if obstacle:
+        kernel = config.decode_kernel
+        raise ValueError(f"decode_kernel={kernel!r}: {obstacle}; take decode_kernel='xla'")
 
 
 def _partial(grouped: Float[Array, "B K G H"], part: Seen) -> decode_kernel.Partial:
     """Softmax over one part of what a column sees."""
     if part.ring is not None and decode_kernel.fits(part.stored):
-        return decode_kernel.attend(grouped, part.stored, *part.ring)
+        return decode_kernel.attend(grouped, part.stored, part.ring.first, part.ring.end)
     scores = jnp.where(part.mask[:, None], _scores(grouped, part.stored), decode_kernel.HIDDEN)
     top = scores.max(axis=-1)
     weights = jnp.where(part.mask[:, None], jnp.exp(scores - top[..., None]), 0.0)
@@ -182,7 +199,7 @@ def attend_cached(
     seen = [Seen(s, visible(start, query_columns, keys, window)) for s, keys in own]
     if length == 1:
         first = start[:, 0] if window is None else jnp.maximum(start[:, 0], end + 1 - window)
-        seen = [seen[0]._replace(ring=(first, end + 1))]
+        seen = [seen[0]._replace(ring=Ring(first, end + 1))]
     return attend(query, [*before, *seen], config), written
 
 

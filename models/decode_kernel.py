@@ -50,7 +50,10 @@ def obstacle(config: ModelConfig) -> str | None:
         return "it has no soft cap of scores"
     if config.head_dim & (config.head_dim - 1) or config.head_dim < _LEAST_ROWS:
         return f"it needs a head_dim that is a power of two from 16 on, not {config.head_dim}"
-    return "it works on one device" if jax.device_count() > 1 else None
+    if jax.devices()[0].platform != "gpu":
+        return "it needs a GPU"
+    count = jax.device_count()
+    return f"it works on one device, not {count}" if count > 1 else None
 
 
 def fits(stored: Stored) -> bool:
@@ -65,25 +68,28 @@ def attend(
     end: Int[Array, ""],
     *,
     splits: int | None = None,
+    interpret: bool = False,
 ) -> Partial:
-    """Queries to what a cache holds from column `first` on; interpreted where there is no GPU.
+    """Queries to what a cache holds from column `first` on.
 
     Args:
         query: scaled; one column of each row.
         stored: column c stands at place `c mod C`.
         first: first column that each row sees.
         end: columns written so far.
-        splits: parts that the cache is cut into; None: so many that all of a GPU has work.
+        splits: parts of whole blocks that the cache is cut into; None: so many that all of a GPU
+            has work.
+        interpret: run on any device, slowly, for tests.
     """
-    interpret = jax.devices()[0].platform != "gpu"
     batch, heads, groups, width = query.shape
     places = stored.keys.shape[2]
     block = next(size for size in _BLOCKS if places % size == 0)
     splits = splits or num_splits(batch * heads, places // block)
+    assert places // block % splits == 0, (places, block, splits)
     size = places // splits
     rows = max(pl.next_power_of_2(groups), _LEAST_ROWS)
     kernel = functools.partial(_kernel, groups=groups, block=block, places=places)
-    some = pl.BlockSpec((None, None, size, width), lambda b, k, s: (b, k, s, 0))
+    part = pl.BlockSpec((None, None, size, width), lambda b, k, s: (b, k, s, 0))
     shape = (batch, heads, splits, groups)
 
     def out(*more: int) -> pl.BlockSpec:
@@ -97,8 +103,8 @@ def attend(
             pl.BlockSpec((None,), lambda b, k, s: (b,)),
             pl.BlockSpec((), lambda b, k, s: ()),
             pl.BlockSpec((None, None, rows, width), lambda b, k, s: (b, k, 0, 0)),
-            some,
-            some,
+            part,
+            part,
         ],
         out_specs=[out(width), out(), out()],
         out_shape=[
@@ -117,9 +123,9 @@ def attend(
     return Partial((mixed * scale[..., None]).sum(2), best, (total * scale).sum(2))
 
 
-def num_splits(num_heads: int, num_blocks: int) -> int:
+def num_splits(num_programs: int, num_blocks: int) -> int:
     """Parts of a cache: a divisor of its blocks, so that there is enough to do at the same time."""
-    wanted = min(-(-_PROGRAMS // num_heads), num_blocks)
+    wanted = min(-(-_PROGRAMS // num_programs), num_blocks)
     return next(n for n in range(wanted, num_blocks + 1) if num_blocks % n == 0)
 
 

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from refine_af import config as config_lib
 from refine_af import mesh as mesh_lib
 from refine_af.engine import Engine
+from refine_af.models import attention, processes, sources, transformer
 from refine_af.models import lora as lora_lib
-from refine_af.models import processes, sources, transformer
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.sources import Source
 from refine_af.models.transformer import Definition, Params
@@ -150,11 +150,16 @@ def lora_config(options: config_lib.Lora) -> LoraConfig:
 
 
 def open_source(options: config_lib.Model) -> Source:
-    """The model that a run names, with nothing of it read but its description."""
+    """The model that a run names, with nothing of it read but its description.
+
+    Raises:
+        ValueError: there is none, or its decode kernel cannot compute its attention.
+    """
     source = sources.open_model(
         options.source, dtype=options.dtype, param_dtype=options.param_dtype
     )
     config = dataclasses.replace(source.config, decode_kernel=options.decode_kernel)
+    attention.check_decode_kernel(config)
     return dataclasses.replace(source, config=config)
 
 

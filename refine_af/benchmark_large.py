@@ -43,10 +43,12 @@ def rows(model: Model, limits: Limits, repeats: int, names: list[str]) -> Iterat
         ValueError: the model's context is too short.
     """
     config = sources.open_model(model.source).config
-    if config.max_positions < _PROMPT + _MANY:
+    shapes = {name: shape.prompt + shape.answer for name, shape in (UPDATE | STEP).items()}
+    wanted = max((shapes.get(name, _PROMPT + _MANY) for name in names), default=0)
+    if config.max_positions < wanted:
         raise ValueError(
-            f"--model={model.source}: suite large needs a context of {_PROMPT + _MANY} tokens, "
-            f"this model's is {config.max_positions}; take random:llama2-7b, say"
+            f"--model={model.source}: suite large needs a context of {wanted} tokens, this model's "
+            f"is {config.max_positions}; take random:llama2-7b, or other --cases"
         )
     for name in names:
         if name not in DECODE:
@@ -147,6 +149,8 @@ def _decoding(run: Callable[[int], None], slots: int, repeats: int) -> Measured:
     first = seconds(_MANY) + seconds(_FEW)  # compiles
     few, many = (median(seconds(n) for _ in range(repeats)) for n in (_FEW, _MANY))
     steps = many - few
+    if steps <= 0:
+        raise ValueError(f"{_MANY} tokens took no longer than {_FEW}: something else is running")
     return Measured(slots * (_MANY - _FEW) / steps, max(first - few - many, 0.0) + steps, steps)
 
 
@@ -163,7 +167,8 @@ def measure_update(model: Model, shape: Shape, repeats: int) -> Measured:
 def measure_ppo(model: Model, shape: Shape, repeats: int) -> Measured:
     """New tokens a second of whole PPO steps: sample, read, update. Scoring is left out."""
     base, options = base_model.load(model, Mesh()), shape.options
-    policy, engine = Policy(base, options), base.engine(shape.rows)
+    policy = Policy(base, options)
+    engine: Engine = dataclasses.replace(base.engine(shape.rows), eos_ids=())
     update = policy_update.make_update(policy.definition, options, base.mesh)
     state = benchmark_update.new_state(base, options)
     rng = np.random.default_rng(0)
@@ -174,7 +179,7 @@ def measure_ppo(model: Model, shape: Shape, repeats: int) -> Measured:
     def once() -> float:
         nonlocal state
         weights = policy.for_sampling(state.params)
-        answers = dataclasses.replace(engine, eos_ids=()).generate(weights, requests)
+        answers = engine.generate(weights, requests)
         del weights
         scores = rng.normal(size=shape.rows).tolist()
         rows = shard_batch(base.mesh, rollout.build(requests, answers, scores, layout))

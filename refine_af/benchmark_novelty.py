@@ -38,19 +38,19 @@ def rows(_: Model, __: Limits, repeats: int, names: Sequence[str]) -> Iterator[R
     theirs = None
     for name in names:
         if name != "filter15000":
-            theirs, expected = _with_peak(reference, CASES[name])
-            ours, found = _with_peak(decisions, CASES[name], repeats)
+            theirs, expected = _isolated(reference, CASES[name])
+            ours, found = _isolated(decisions, CASES[name], repeats)
             assert found == expected, "the filter decides otherwise than rouge-score"
             yield benchmarks.row("novelty", name, "pairs/s", ours, theirs, "rouge-score", None)
             continue
-        theirs = theirs or _with_peak(reference, CASES["filter500"])[0]
-        ours, pairs = _with_peak(with_statistics, CASES[name], repeats)
+        theirs = theirs or _isolated(reference, CASES["filter500"])[0]
+        ours, pairs = _isolated(with_statistics, CASES[name], repeats)
         theirs = dataclasses.replace(theirs, rate=CASES[name] * theirs.rate / pairs)
         title = "rouge-score by its pairs a second"
         yield benchmarks.row("novelty", name, "instructions/s", ours, theirs, title, None)
 
 
-def _with_peak(function: Callable[..., tuple[Measured, T]], *arguments: int) -> tuple[Measured, T]:
+def _isolated(function: Callable[..., tuple[Measured, T]], *arguments: int) -> tuple[Measured, T]:
     """`function(*arguments)` in a process of its own, which took so much memory."""
     (measured, found), peak = benchmarks.in_process(function, *arguments)
     return dataclasses.replace(measured, peak_mib=peak), found

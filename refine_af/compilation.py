@@ -197,6 +197,8 @@ def remedy(program: str) -> str:
     """What makes a program smaller on a device."""
     if program in SAMPLING:
         return "lower ppo.batch_size, set ppo.int8_cache, or use more devices"
+    if program == "read":
+        return "raise ppo.num_microbatches, or use more devices"
     if program == "score":
         return "lower ppo.batch_size, or use more devices"
     name = "sft" if program == "sft" else "ppo"

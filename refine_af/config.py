@@ -473,6 +473,10 @@ class Experiment:
             self.dataset.filter == "none" or self.instances.score,
             f"dataset.filter={self.dataset.filter!r}: needs instances.score, the rows' reward",
         )
+        require(
+            self.model.decode_kernel == "xla" or not self.ppo.int8_cache,
+            "model.decode_kernel='pallas' and ppo.int8_cache exclude each other",
+        )
 
 
 def config_hash(config: Experiment) -> str:

@@ -59,6 +59,8 @@ def questions(
         ValueError: a task has no room even without an input.
     """
 
+    room = context - options.max_new_tokens
+
     def encode(text: str, fmt: str) -> list[int]:
         return tokens.encode_prompt(tokenizer, text, fmt)
 
@@ -68,12 +70,12 @@ def questions(
             instance,
             options.num_examples,
             lambda text: len(encode(text, "raw")),
-            options.max_source_tokens,
+            min(options.max_source_tokens, room),
         )
         # Without the blank after "Output:", the model's first token brings its own.
         return encode(prompt.rstrip(), options.format)
 
-    found, num_cut, room = [], 0, context - options.max_new_tokens
+    found, num_cut = [], 0
     for task in tasks:
         for instance in task.instances:
             ids = ask(task, instance)

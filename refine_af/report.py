@@ -252,7 +252,9 @@ def _evaluation(workdir: Path) -> Section | None:
     names = list(runs)
     compared = comparison.compare(list(runs.values())) if len(runs) > 1 else None
     pairs = compared["pairs"] if compared else []
-    method = {pair["first"]: pair for pair in pairs if pair["second"] == arms.TITLES["refine_af"]}
+    method = {
+        pair["first"]: pair for pair in pairs if pair["second"] == arms.TITLES[arms.REFINE_AF]
+    }
     against = [pair for pair in pairs if pair["second"] == runs[names[-1]].name]
     rouge = {run.name: comparison.by_task(run.scores) for run in runs.values()}
     return {
@@ -260,7 +262,7 @@ def _evaluation(workdir: Path) -> Section | None:
         "scores": {arm: run.scores for arm, run in runs.items()},
         "first": names[0],
         "last": names[-1],
-        "baseline": method.get(arms.TITLES["self_instruct"]),
+        "baseline": method.get(arms.TITLES[arms.SELF_INSTRUCT]),
         "comparisons": dict(zip(names, against, strict=False)),
         "comparison": comparison_report.section(compared) if compared else None,
         "predictions": _predictions(read_rows(workdir / "predictions.jsonl")),

@@ -244,7 +244,7 @@ def test_texts_packed_into_a_row_do_not_see_each_other(window: int | None) -> No
 # Decoding
 
 
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("groups", [1, 4, 20])
 @pytest.mark.parametrize("splits", [None, 1, 3])
 @pytest.mark.parametrize("end", [50, 192, 400])
 def test_the_decode_kernel_is_the_reference(groups: int, splits: int | None, end: int) -> None:
@@ -254,13 +254,15 @@ def test_the_decode_kernel_is_the_reference(groups: int, splits: int | None, end
     first = jnp.asarray([end - 192, end - 3])
     mask = cache.columns(192, jnp.int32(end))[None, None] >= first[:, None, None]
     scaled = (q * attention.scale(c)).reshape(BATCH, 2, groups, 32)
-    part = decode_kernel.attend(scaled, Stored(k, v), first, jnp.int32(end), splits=splits)
+    part = decode_kernel.attend(
+        scaled, Stored(k, v), first, jnp.int32(end), splits=splits, interpret=True
+    )
     mixed = decode_kernel.merged([part]).reshape(q.shape)
     np.testing.assert_allclose(mixed, attend(q, k, v, mask, c).astype(jnp.float32), atol=1e-2)
 
 
 def test_partial_softmaxes_make_one() -> None:
-    """A cache, and a prefix that the kernel does not read; a row that sees nothing of either."""
+    """Of a row that sees nothing of the first part, and of one that sees some of both."""
     c = config(4, 2, 32, dtype="bfloat16")
     q, k, v = operands(c, 1, 96)
     mask = jnp.arange(96)[None, None] >= jnp.asarray([[[40]], [[7]]])
@@ -274,17 +276,16 @@ def test_partial_softmaxes_make_one() -> None:
     np.testing.assert_allclose(merged.reshape(q.shape), expected, atol=1e-2)
 
 
-def test_the_decode_kernel_lowers_for_a_gpu() -> None:
-    c = config(8, 2, 128, dtype="bfloat16")
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(c, 1, 256)]
+@pytest.mark.parametrize(("groups", "places"), [(4, 256), (1, 192)])
+def test_the_decode_kernel_lowers_for_a_gpu(groups: int, places: int) -> None:
+    c = config(2 * groups, 2, 128, dtype="bfloat16")
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(c, 1, places)]
 
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> decode_kernel.Partial:
         first, end = jnp.zeros(BATCH, jnp.int32), jnp.int32(9)
-        return decode_kernel.attend(q.reshape(BATCH, 2, 4, 128), Stored(k, v), first, end)
+        return decode_kernel.attend(q.reshape(BATCH, 2, groups, 128), Stored(k, v), first, end)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")])
-        text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    text = jax.jit(run).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
     assert "__gpu$xla.gpu.triton" in text or "triton_kernel_call" in text
 
 
@@ -295,7 +296,7 @@ def test_the_decode_kernel_lowers_for_a_gpu() -> None:
         ({"int8_cache": True}, "it reads no int8 cache"),
         ({"attention_softcap": 5.0}, "it has no soft cap of scores"),
         ({"head_dim": 96}, "it needs a head_dim that is a power of two from 16 on, not 96"),
-        ({}, "it works on one device"),
+        ({}, "it needs a GPU; take decode_kernel='xla'"),
     ],
 )
 def test_a_decode_kernel_that_cannot_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -304,6 +305,7 @@ def test_a_decode_kernel_that_cannot_is_refused(changes: dict[str, Any], message
     )
     with pytest.raises(ValueError, match=f"decode_kernel='pallas': {message}"):
         attention.decodes_in_place(c)
+    assert not attention.decodes_in_place(dataclasses.replace(c, decode_kernel="xla"))
 
 
 # The choice

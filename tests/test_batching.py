@@ -17,7 +17,7 @@ from refine_af import engine as engine_module
 from refine_af import memory, mesh, packing, sampling
 from refine_af.config import Sampling
 from refine_af.engine import Engine
-from refine_af.models import cache, transformer
+from refine_af.models import cache, decode_kernel, transformer
 from refine_af.models.config import ModelConfig
 from refine_af.models.transformer import Params
 from refine_af.requests import Completion, Request
@@ -375,19 +375,26 @@ def test_columns_written_apart_are_those_written_in_place(
             np.testing.assert_allclose(one, other, atol=rounding, rtol=0)
 
 
+@pytest.fixture
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decode kernel runs without a GPU."""
+    attend = functools.partial(decode_kernel.attend, interpret=True)
+    monkeypatch.setattr(decode_kernel, "attend", attend)
+    monkeypatch.setattr(decode_kernel, "obstacle", lambda _: None)
+
+
 def sixteen(name: str) -> tuple[ModelConfig, Params]:
     """A model that the decode kernel can read, and unstacked weights."""
-    config = dataclasses.replace(MODELS[name], head_dim=16, dtype="bfloat16")
+    window = MODELS[name].sliding_window and 16
+    config = dataclasses.replace(MODELS[name], head_dim=16, dtype="bfloat16", sliding_window=window)
     shapes = jax.eval_shape(lambda: transformer.init(config, key=jax.random.key(0)))[0]
     return config, transformer.unstack_layers(noise(shapes, seed=3))
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("name", MODELS)
-def test_the_decode_kernel_serves_the_whole_decoder(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_decode_kernel_serves_the_whole_decoder(name: str) -> None:
     """Six tokens after 59, in a ring of 64 that comes round, behind a shared prefix of one row."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     config, params = sixteen(name)
     ids = np.random.default_rng(0).integers(0, VOCAB, (2, 65))
     start, offset = jnp.asarray([3, 1]), jnp.asarray([20, 0])
@@ -407,10 +414,10 @@ def test_the_decode_kernel_serves_the_whole_decoder(
     np.testing.assert_allclose(found["pallas"], found["xla"], atol=0.05, rtol=0)
 
 
-def test_with_a_decode_kernel_a_loop_writes_to_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("interpreted")
+def test_with_a_decode_kernel_a_loop_writes_to_the_cache() -> None:
     """Texts of which some begin before column 0: while two answers are the same, so is what the
     model thinks of them."""
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
     config, params = sixteen("alternating")
     rng = np.random.default_rng(0)
     requests = [

@@ -68,9 +68,11 @@ def test_large_cases_on_a_small_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(benchmark_large.UPDATE, "update2k", shape)
     monkeypatch.setitem(benchmark_large.STEP, "ppo", shape)
     model = Model(source="random:tiny", dtype="float32", param_dtype="float32")
+    timed = Measured(9.0, 2.0, 1.0)
+    monkeypatch.setattr(benchmark_large, "_decoding", lambda run, *_: (run(2), timed)[1])
     names = ["decode1", "update2k", "ppo"]
     decode, update, step = benchmark_large.rows(model, Limits(1e9, 1e9), 1, names)
-    assert decode.ours > 0 and decode.reference is not None and decode.ratio is not None
+    assert decode.reference is not None and decode.ratio is not None
     assert (update.reference, update.ratio, update.reference_peak_mib) == (None, None, None)
     assert update.ours > 0 and update.limit_share is not None
     assert step.ours > 0 and step.limit_share is not None
@@ -89,7 +91,7 @@ def test_the_limit_of_decoding_by_hand() -> None:
 def test_a_context_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_large, "_MANY", 4096)
     model = Model(source="random:tiny", dtype="float32", param_dtype="float32")
-    with pytest.raises(ValueError, match="a context of 5024 tokens, this model's is 4096"):
+    with pytest.raises(ValueError, match="a context of 5024 tokens, this model's is 4096; take"):
         next(benchmark_large.rows(model, Limits(1e9, 1e9), 1, ["decode1"]))
 
 
@@ -106,13 +108,27 @@ def program(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_all_suites_are_those_that_suit_the_device() -> None:
     """In a process of its own: programs define flags of the same names."""
     code = "from refine_af.launch.benchmark import cases_of as of; print([of(['all'], [], 'gpu'), "
-    code += "of(['all', 'novelty'], [], 'cpu'), of(['all'], ['filter500', 'lora'], 'cpu')])"
+    code += "of(['all', 'novelty'], [], 'cpu'), of(['all'], ['filter2000', 'lora'], 'cpu')])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     on_gpu, on_cpu, only = ast.literal_eval(run.stdout)
     assert on_gpu == {"large": ["decode1", "decode64", "update2k", "ppo"]}
     assert list(on_cpu) == ["sample", "score", "update", "novelty"]
     assert on_cpu["novelty"] == ["filter500", "filter2000", "filter15000"]
-    assert only == {"sample": [], "score": [], "update": ["lora"], "novelty": ["filter500"]}
+    assert only == {"sample": [], "score": [], "update": ["lora"], "novelty": ["filter2000"]}
+
+
+def test_decoding_is_what_more_tokens_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run takes 2 s for the prompts and 10 ms a token."""
+    now = [0.0]
+    monkeypatch.setattr(benchmark_large.time, "perf_counter", lambda: now[0])
+
+    def run(length: int) -> None:
+        now[0] += 2 + length / 100
+
+    found = benchmark_large._decoding(run, 3, 2)
+    assert (found.rate, found.seconds) == (pytest.approx(300), pytest.approx(1.28))
+    with pytest.raises(ValueError, match="160 tokens took no longer than 32: something else"):
+        benchmark_large._decoding(lambda _: None, 3, 2)
 
 
 @pytest.mark.parametrize("flag", ["suite", "cases"])

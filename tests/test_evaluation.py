@@ -8,7 +8,7 @@ from absl import logging
 from refine_af import evaluation
 from refine_af.configs import tiny
 from refine_af.models.byte_tokenizer import byte_tokenizer
-from refine_af.superni import Instance, Task
+from refine_af.superni import Example, Instance, Task
 
 OPTIONS = dataclasses.replace(
     tiny.get_config().evaluation, num_examples=0, format="raw", max_new_tokens=10
@@ -40,6 +40,14 @@ def test_an_input_without_room_loses_its_end(monkeypatch: pytest.MonkeyPatch) ->
         "evaluation: the ends of 1 inputs were cut off, which left no room for 10 tokens in the "
         "model's context of 150"
     ]
+
+
+def test_examples_go_before_an_input_is_cut() -> None:
+    shown = dataclasses.replace(task(), examples=(Example("abc " * 30, "x"),))
+    options = dataclasses.replace(OPTIONS, num_examples=1)
+    found = evaluation.questions([shown], byte_tokenizer(), options, 150)
+    alone = evaluation.questions([task()], byte_tokenizer(), OPTIONS, 150)
+    assert found == alone
 
 
 def test_a_definition_without_room_is_refused() -> None:
