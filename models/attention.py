@@ -62,7 +62,8 @@ def attend(
 
     Scores and softmax are float32. A query that sees nothing (padding) gets a mean of values,
     never NaN. Heads are grouped by reshaping the queries, so kv heads are not copied; keys that
-    all rows share meet all their queries in one product.
+    all rows share meet all their queries in one product. Where the config names a decode kernel,
+    that reads the cache for a single column, and a query that sees nothing gets 0.
     """
     b, n, t, h = query.shape
     k = config.num_kv_heads
