@@ -13,7 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from logging import LogRecord
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -272,6 +272,7 @@ def start(
         logging.use_absl_handler()
         logging.set_verbosity(logging.WARNING if processes.is_writer() else logging.ERROR)
         logging.get_absl_logger().addFilter(_is_news)
+        getLogger("asyncio").addFilter(_is_no_echo)
         processes.once(main) if one_process else main()
     except KeyboardInterrupt as error:
         agreed = isinstance(error, interruptions.AgreedInterrupt)
@@ -308,6 +309,11 @@ def _lighter() -> str:
 def _is_news(record: LogRecord) -> bool:
     """Orbax logs what it raises, with the tracebacks of its threads."""
     return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _is_no_echo(record: LogRecord) -> bool:
+    """Of Orbax's writes that fail together one is raised; asyncio logs the others, with theirs."""
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _stopped(resumes: bool, left_over: str = "", *, agreed: bool = False) -> NoReturn:

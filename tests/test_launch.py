@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import operator
 import os
 import signal
@@ -483,3 +484,13 @@ def test_a_console_script_shows_help() -> None:
     code, out, err = shell(str(Path(sys.executable).parent / "refine-af-report"), "--help")
     assert (code, err) == (0, "")
     assert "  --workdir: " in out
+
+
+def test_writes_that_fail_together_are_one_error() -> None:
+    """The others come from asyncio, with tracebacks, after the line that says it."""
+
+    def record(text: str) -> logging.LogRecord:
+        return logging.LogRecord("asyncio", logging.ERROR, "", 0, text, (), None)
+
+    assert not flags._is_no_echo(record("Task exception was never retrieved\nfuture: <Task>"))
+    assert flags._is_no_echo(record("Executing <Task> took 2 seconds"))
