@@ -69,7 +69,7 @@ def attend(
     k = config.num_kv_heads
     grouped = (query * scale(config)).reshape(b, k, n // k * t, h)
     if t == 1 and decodes_in_place(config):
-        whole = decode_kernel.merged([_partial(grouped, part) for part in seen])
+        whole = decode_kernel.merged([x for part in seen for x in _partials(grouped, part)])
         return whole.reshape(b, n, t, h).astype(query.dtype)
     scores = _joined([_scores(grouped, part.stored) for part in seen])
     if config.attention_softcap is not None:
@@ -108,15 +108,15 @@ def check_decode_kernel(config: ModelConfig) -> None:
         raise ValueError(f"decode_kernel={kernel!r}: {obstacle}; take decode_kernel='xla'")
 
 
-def _partial(grouped: Float[Array, "B K G H"], part: Seen) -> decode_kernel.Partial:
-    """Softmax over one part of what a column sees."""
+def _partials(grouped: Float[Array, "B K G H"], part: Seen) -> list[decode_kernel.Partial]:
+    """Softmax over one part of what a column sees, or over pieces of it."""
     if part.ring is not None and decode_kernel.fits(part.stored):
         return decode_kernel.attend(grouped, part.stored, part.ring.first, part.ring.end)
     scores = jnp.where(part.mask[:, None], _scores(grouped, part.stored), decode_kernel.HIDDEN)
     top = scores.max(axis=-1)
     weights = jnp.where(part.mask[:, None], jnp.exp(scores - top[..., None]), 0.0)
     mixed = _mixed(weights, part.stored, grouped.dtype)
-    return decode_kernel.Partial(mixed, top, weights.sum(axis=-1))
+    return [decode_kernel.Partial(mixed, top, weights.sum(axis=-1))]
 
 
 def _joined(parts: list[Array]) -> Array:

@@ -69,8 +69,8 @@ def attend(
     *,
     splits: int | None = None,
     interpret: bool = False,
-) -> Partial:
-    """Queries to what a cache holds from column `first` on.
+) -> list[Partial]:
+    """Queries to what a cache holds from column `first` on, for each part of it.
 
     Args:
         query: scaled; one column of each row.
@@ -116,11 +116,7 @@ def attend(
         interpret=interpret,
         name="decode_attention",
     )(first, end, query, stored.keys, stored.values)
-    if splits == 1:
-        return Partial(mixed[:, :, 0], top[:, :, 0], total[:, :, 0])
-    best = top.max(axis=2)
-    scale = jnp.exp(top - best[:, :, None])
-    return Partial((mixed * scale[..., None]).sum(2), best, (total * scale).sum(2))
+    return [Partial(mixed[:, :, i], top[:, :, i], total[:, :, i]) for i in range(splits)]
 
 
 def num_splits(num_programs: int, num_blocks: int) -> int:

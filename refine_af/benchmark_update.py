@@ -1,8 +1,8 @@
 """One PPO update of LoRA adapters: ours, and torch with peft, as users would write it.
 
-16 prompts of 128 tokens with answers of 64. Before anything is
-timed both sides compute the loss and the gradient's norm in float32, and the row is refused where
-these differ. Answers that fill their rows leave packing nothing to gain.
+16 prompts of 128 tokens with answers of 64. Before anything is timed both sides compute the loss
+and the gradient's norm in float32, and the row is refused where these differ. Answers that fill
+their rows leave packing nothing to gain.
 """
 
 import dataclasses

@@ -254,10 +254,10 @@ def test_the_decode_kernel_is_the_reference(groups: int, splits: int | None, end
     first = jnp.asarray([end - 192, end - 3])
     mask = cache.columns(192, jnp.int32(end))[None, None] >= first[:, None, None]
     scaled = (q * attention.scale(c)).reshape(BATCH, 2, groups, 32)
-    part = decode_kernel.attend(
+    parts = decode_kernel.attend(
         scaled, Stored(k, v), first, jnp.int32(end), splits=splits, interpret=True
     )
-    mixed = decode_kernel.merged([part]).reshape(q.shape)
+    mixed = decode_kernel.merged(parts).reshape(q.shape)
     np.testing.assert_allclose(mixed, attend(q, k, v, mask, c).astype(jnp.float32), atol=1e-2)
 
 
@@ -271,7 +271,7 @@ def test_partial_softmaxes_make_one() -> None:
         Seen(Stored(x[:, :, a], y[:, :, a]), mask[..., a])
         for x, y, a in ((k, v, slice(0, 32)), (k, v, slice(32, 96)))
     ]
-    merged = decode_kernel.merged([attention._partial(scaled, part) for part in parts])
+    merged = decode_kernel.merged([x for p in parts for x in attention._partials(scaled, p)])
     expected = attend(q, k, v, mask, c).astype(jnp.float32)
     np.testing.assert_allclose(merged.reshape(q.shape), expected, atol=1e-2)
 
@@ -281,7 +281,7 @@ def test_the_decode_kernel_lowers_for_a_gpu(groups: int, places: int) -> None:
     c = config(2 * groups, 2, 128, dtype="bfloat16")
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands(c, 1, places)]
 
-    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> decode_kernel.Partial:
+    def run(q: jax.Array, k: jax.Array, v: jax.Array) -> list[decode_kernel.Partial]:
         first, end = jnp.zeros(BATCH, jnp.int32), jnp.int32(9)
         return decode_kernel.attend(q.reshape(BATCH, 2, groups, 128), Stored(k, v), first, end)
 
