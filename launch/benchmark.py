@@ -54,7 +54,11 @@ SUITES: dict[str, tuple[list[str], Callable[[Model, Limits, int, list[str]], Ite
     _LARGE: (list(benchmark_large.CASES), benchmark_large.rows),
 }
 _SMALL_MODEL, _LARGE_MODEL = "smollm2-135m-instruct", "random:llama2-7b"
-_SHORT = {"novelty": benchmark_novelty.SHORT}
+_SHORT = {
+    "sample": benchmark_sampling.SHORT,
+    "score": benchmark_scoring.SHORT,
+    "novelty": benchmark_novelty.SHORT,
+}
 _COLUMNS = (
     "suite",
     "case",

@@ -61,6 +61,7 @@ CASES = {
         Case("prefix", 32, _SUFFIX, (_AFTER_PREFIX,) * 32, prefix=_PREFIX),
     )
 }
+SHORT = ["batch1", "batch16", "mixed", "prefix"]
 
 
 def rows(model: Model, limits: Limits, repeats: int, names: list[str]) -> Iterator[Row]:
@@ -159,7 +160,7 @@ def measure_transformers(
     ids = torch.tensor(case.prompts(theirs.config.vocab_size))
 
     @torch.no_grad()
-    def run(most: int = max(case.lengths)) -> float:
+    def run(ids: torch.Tensor = ids, most: int = max(case.lengths)) -> float:
         before: Any = None
         if cached:
             before = theirs(ids[:1, : case.prefix], use_cache=True).past_key_values
@@ -178,6 +179,6 @@ def measure_transformers(
             )
         return sum(case.lengths)
 
-    run(2)  # nothing is compiled there: this warms up, and long cases are timed once
+    run(ids[:1], 2)  # nothing is compiled there: this warms up, and long cases are timed once
     long = (case.prefix + case.prompt + max(case.lengths)) * len(case.lengths) > 1 << 13
     return benchmarks.measure(run, 0 if long else repeats)

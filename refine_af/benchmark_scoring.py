@@ -21,6 +21,7 @@ from refine_af.config import Mesh, Model
 from refine_af.models import gpt_neox, t5
 
 CASES = ("reward_model", "text_quality")
+SHORT = ["reward_model"]
 _NUM_TEXTS, _MEDIAN, _SPREAD, _LONGEST = 192, 90, 0.8, 512  # log-normal lengths, tokens
 _BATCH = 16  # of the reference
 _YES, _NO = 7, 9

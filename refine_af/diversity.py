@@ -6,7 +6,8 @@ small word-list heuristic does the same for English without any model:
 
 1. clauses that only set the scene ("Given a list of numbers, ...", "My sister has a new job.")
    and openers ("please", "can you", "your task is to") are passed over;
-2. the verb is the next word, in lower case; of a question that is the question word;
+2. the verb is the next word, in lower case; of a question that is the question word, and what
+   begins with a determiner or a pronoun ("The sky is blue.") has none;
 3. the object is the last word of the first noun phrase behind it: determiners, pronouns and
    prepositions before the phrase are passed over, and the phrase ends at a preposition, a
    conjunction, a relative or auxiliary word, a participle or punctuation. A regular plural
@@ -89,17 +90,17 @@ def verb_object(instruction: str) -> tuple[str, str]:
     France?" gives ("what", "capital").
 
     Returns:
-        The verb, "" when there is no word at all, and the object, "" when there is none.
+        The verb and the object, each "" when there is none.
     """
     words = _WORD_OR_MARK.findall(_command(instruction).lower())
     position = next((i for i, word in enumerate(words) if word[0].isalpha()), None)
-    if position is None:
+    if position is None or words[position] in _DETERMINERS:
         return "", ""
     return words[position], _object(words[position + 1 :])
 
 
 def verb_object_counts(instructions: Iterable[str]) -> Counter[tuple[str, str]]:
-    """How many instructions have each (verb, object); those without any word are left out."""
+    """How many instructions have each (verb, object); those without a verb are left out."""
     pairs = map(verb_object, instructions)
     return Counter(pair for pair in pairs if pair[0])
 

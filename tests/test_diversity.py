@@ -68,7 +68,9 @@ def test_question_word_stands_for_the_verb(instruction: str, expected: tuple[str
         ("42 + 1 = ?", ("", "")),
         ("Summarize.", ("summarize", "")),
         ("Explain how to do it.", ("explain", "")),
-        ("I am sad.", ("i", "sad")),  # a scene and nothing behind it
+        ("I am sad.", ("", "")),  # a scene and nothing behind it
+        ("The following sentence has an error", ("", "")),
+        ("These words rhyme with 'cat'", ("", "")),
     ],
 )
 def test_parts_that_are_not_there(instruction: str, expected: tuple[str, str]) -> None:
@@ -94,6 +96,7 @@ def test_objects_are_singular(plural: str, singular: str) -> None:
     assert verb_object(f"Describe the {plural}.") == ("describe", singular)
 
 
-def test_counts_leave_out_instructions_without_words() -> None:
+def test_counts_leave_out_instructions_without_a_verb() -> None:
     instructions = ["Write a story.", "Please write two stories about rain.", "Name a city.", "?"]
+    instructions.append("A city that I like")
     assert verb_object_counts(instructions) == Counter({("write", "story"): 2, ("name", "city"): 1})
