@@ -1,8 +1,9 @@
 """Compile a run's programs for devices that need not be there, and say whether they fit.
 
---topology is a TPU slice (v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4, ...), for which the real
-compiler of TPUs runs on any machine after `pip install -e ".[tpu]"`, or `local`: the devices at
-hand. Exit status 1 when a program does not leave a tenth of the memory free.
+--topology is a TPU slice (v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:2x4, ...) or GPUs of one host (h100:1,
+h200:1, h100:8, ...), whose real compilers run on any machine after `pip install -e ".[tpu]"` or
+`".[cuda]"`, or `local`: the devices at hand. Exit status 1 when a program does not leave a tenth of
+the memory free.
 """
 
 import sys
@@ -13,7 +14,7 @@ from refine_af import abstract_run, compilation
 from refine_af.compilation import GIB, Figures, TooLargeError
 from refine_af.launch import flags
 
-_TOPOLOGY = absl_flags.DEFINE_string("topology", "local", "TPU slice, or local.")
+_TOPOLOGY = absl_flags.DEFINE_string("topology", "local", "TPU slice, GPUs, or local.")
 _PROGRAM = absl_flags.DEFINE_list(
     "program", ["update", "sample"], f"Of {', '.join(abstract_run.KINDS)}."
 )
@@ -58,10 +59,8 @@ def _show(figures: Figures) -> None:
         f"  memory (GiB): {sizes}; in all {figures.total / GIB:.2f} of {figures.memory / GIB:.0f}"
     )
     ratio = figures.operations / figures.model_operations
-    print(
-        f"  operations: {figures.operations:.3g}, {ratio:.2f} times the model's own; "
-        f"{figures.moved:.3g} bytes moved, loops counted once"
-    )
+    moved = f"; {figures.moved:.3g} bytes moved, loops counted once" if figures.moved else ""
+    print(f"  operations: {figures.operations:.3g}, {ratio:.2f} times the model's own{moved}")
     if figures.least_seconds is not None:
         print(f"  time: {1e3 * figures.least_seconds:.3g} ms at the least")
     for one in figures.collectives[:_MOST_COLLECTIVES]:

@@ -1,19 +1,16 @@
 """A run as shapes: its programs and what they are given, for devices that need not be there.
 
-Nothing is allocated: parameters and batches are shapes with shardings. The compiler of TPUs comes
-with `pip install -e ".[tpu]"` and needs no TPU.
+Nothing is allocated: parameters and batches are shapes with shardings.
 """
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental import topologies
 
 from refine_af import (
     base_model,
@@ -25,6 +22,7 @@ from refine_af import (
     rollout,
     sampling,
     tokens,
+    topologies,
     training,
     trunk,
 )
@@ -38,39 +36,9 @@ from refine_af.policy import Policy
 from refine_af.rollout import Reading, Rollout
 from refine_af.training import TrainState
 
-# What the library would ask the machines of a slice for.
-_NO_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5e-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_WORKER_ID": "0",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at a time
-}
 SAMPLING = ("sample prefill", "sample decode")
 
 Tree = Any
-
-
-def devices(topology: str) -> Sequence[Any]:
-    """Devices of a TPU slice such as `v5e:4x4`, or those at hand for `local`.
-
-    Raises:
-        ValueError: no such topology, or its compiler is not installed.
-    """
-    if topology == "local":
-        return jax.devices()
-    for name, value in _NO_TPU.items():
-        os.environ.setdefault(name, value)
-    try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0][:120]
-        raise ValueError(
-            f"--topology={topology}: {reason}; expected local or a slice such as v5e:4x4, "
-            "v5p:2x2x2, v6e:2x4; the compiler comes with pip install -e '.[tpu]'"
-        ) from None
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read their programs back
-    return list(found.devices)
 
 
 class Program(NamedTuple):
@@ -308,7 +276,7 @@ def abstract_run(config: Experiment, topology: str, prompt_length: int) -> Run:
         ValueError: the topology is not known, the mesh does not have its number of devices, or it
             does not divide the model.
     """
-    mesh = mesh_lib.make_mesh(config.mesh, list(devices(topology)))
+    mesh = mesh_lib.make_mesh(config.mesh, list(topologies.devices(topology)))
     source = base_model.open_source(config.model)
     mesh_lib.check(source.config, mesh)
     shapes = jax.eval_shape(lambda: transformer.init(source.config, key=jax.random.key(0))[0])

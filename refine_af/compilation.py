@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from refine_af import flops, hlo, logprobs, memory
+from refine_af import flops, hlo, logprobs, memory, topologies
 from refine_af import mesh as mesh_lib
 from refine_af.abstract_run import SAMPLING, Program, Run, Tree, bytes_on_device
 from refine_af.base_model import BaseModel
@@ -17,7 +17,7 @@ from refine_af.models.one_line import one_line
 
 GIB = 2**30
 SHARE = 0.9  # of a device's memory that a program may take
-# Memory of a chip in GiB, from Google Cloud's documentation.
+# Memory of a device in GiB, of TPUs from Google Cloud's documentation.
 _MEMORY = {
     "TPU v4": 32,
     "TPU v5 lite": 16,
@@ -26,6 +26,7 @@ _MEMORY = {
     "TPU v5p": 95,
     "TPU v6 lite": 32,
     "TPU v6e": 32,
+    **{gpu.kind: gpu.memory for gpu in topologies.GPUS.values()},
 }
 _LARGE = 64 * 2**20  # bytes of a tensor that no device should hold whole
 
@@ -41,7 +42,8 @@ class Figures:
         memory: what the device has.
         operations: of all products, a device's share.
         model_operations: those that the model itself needs (6ND, 4ND of frozen weights, 2ND).
-        moved: memory traffic, with every loop's body counted once.
+        moved: memory traffic, with every loop's body counted once; None where the compiler does not
+            say.
         warnings: what looks wrong.
         least_seconds: of all products at the maker's rate, or of reading the arguments once,
             whichever is longer; None for a device that is not known.
@@ -56,7 +58,7 @@ class Figures:
     memory: int
     operations: float
     model_operations: float
-    moved: float
+    moved: float | None
     collectives: list[Collective]
     warnings: list[str]
     least_seconds: float | None
@@ -115,7 +117,7 @@ def compiled(program: Program, base: BaseModel) -> Figures:
         memory=memory_of(device, mesh.size),
         operations=operations,
         model_operations=program.model_operations / mesh.size,
-        moved=costs.get("bytes accessed", 0.0),
+        moved=costs.get("bytes accessed"),
         collectives=found,
         warnings=[
             *_whole_parameters(found, program, base),

@@ -1,0 +1,102 @@
+"""Devices that need not be there: TPU slices and GPUs, for their compilers.
+
+Neither compiler needs its hardware: that of TPUs comes with `pip install -e ".[tpu]"`, that of GPUs
+with `".[cuda]"`.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+# What the libraries would ask the machine for.
+_NO_DEVICE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5e-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several compilations at a time
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # part of it asks the driver
+}
+
+
+class Gpu(NamedTuple):
+    """A GPU of the Hopper generation as its driver reports it."""
+
+    kind: str
+    memory: int  # GiB
+    bandwidth: float  # bytes of its memory, a second
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 79, 3.35e12),
+    "h200": Gpu("NVIDIA H200", 139, 4.8e12),
+}
+
+# Both have 132 multiprocessors (NVIDIA H100 Tensor Core GPU Architecture, table 3; H200 data
+# sheet); the rest is what a program may use of one (CUDA C++ programming guide, compute
+# capability 9.0).
+_HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: {memory}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: 9 }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 }}
+device_description_str: "{kind}"
+"""
+
+
+def devices(topology: str) -> Sequence[Any]:
+    """Devices of a TPU slice such as `v5e:4x4`, GPUs such as `h100:8`, those at hand for `local`.
+
+    Raises:
+        ValueError: no such topology, or its compiler is not installed.
+    """
+    if topology == "local":
+        return jax.devices()
+    for name, value in _NO_DEVICE.items():
+        os.environ.setdefault(name, value)
+    gpu = re.fullmatch(rf"({'|'.join(GPUS)}):([1-9]\d*)", topology)
+    try:
+        if gpu:
+            asked = {"target_config": _target(GPUS[gpu[1]]), "topology": f"1x1x{gpu[2]}"}
+            found = topologies.get_topology_desc(platform="cuda", **asked)
+        else:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0][:120]
+        raise ValueError(
+            f"--topology={topology}: {reason}; expected local, a slice such as v5e:4x4, v5p:2x2x2, "
+            "v6e:2x4, or GPUs such as h100:8, h200:1; the compilers come with pip install -e "
+            "'.[tpu]' and '.[cuda]'"
+        ) from None
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read their programs back
+    return list(found.devices)
+
+
+def _target(gpu: Gpu) -> str:
+    """What the compiler wants to know of a GPU."""
+    return _HOPPER.format(
+        kind=gpu.kind, memory=gpu.memory * 2**30, bandwidth=round(gpu.bandwidth)
+    )
