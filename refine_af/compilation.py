@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from refine_af import flops, hlo, logprobs, memory, topologies
+from refine_af import flops, hlo, logprobs, memory
 from refine_af import mesh as mesh_lib
 from refine_af.abstract_run import SAMPLING, Program, Run, Tree, bytes_on_device
 from refine_af.base_model import BaseModel
@@ -17,17 +17,6 @@ from refine_af.models.one_line import one_line
 
 GIB = 2**30
 SHARE = 0.9  # of a device's memory that a program may take
-# Memory of a device in GiB, of TPUs from Google Cloud's documentation.
-_MEMORY = {
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5e": 16,
-    "TPU v5": 95,
-    "TPU v5p": 95,
-    "TPU v6 lite": 32,
-    "TPU v6e": 32,
-    **{gpu.kind: gpu.memory for gpu in topologies.GPUS.values()},
-}
 _LARGE = 64 * 2**20  # bytes of a tensor that no device should hold whole
 
 
@@ -77,10 +66,11 @@ class Figures:
 
 
 def memory_of(device: Any, num_devices: int) -> int:
-    """Bytes of memory of a device."""
-    if device.device_kind in _MEMORY:
-        return _MEMORY[device.device_kind] * GIB
-    return memory.device_bytes(device, num_devices)
+    """Bytes of memory of a device: what a program may have of one at hand, else all of it."""
+    try:
+        return memory.device_bytes(device, num_devices)
+    except jax.errors.JaxRuntimeError:  # it is not there
+        return flops.CHIPS[device.device_kind].memory * GIB
 
 
 class TooLargeError(Exception):

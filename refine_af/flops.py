@@ -19,24 +19,25 @@ from refine_af.models.weights import expected_shapes
 
 
 class Chip(NamedTuple):
-    """What its maker says of a device."""
+    """What is known of a device: Google Cloud's documentation, NVIDIA's data sheets."""
 
     operations: float  # dense bfloat16, a second
     bandwidth: float  # bytes of its memory, a second
+    memory: int  # GiB; of a GPU those that the driver leaves
 
 
-_CHIPS = {
-    "TPU v4": Chip(275e12, 1.228e12),
-    "TPU v5 lite": Chip(197e12, 0.819e12),
-    "TPU v5e": Chip(197e12, 0.819e12),
-    "TPU v5": Chip(459e12, 2.765e12),
-    "TPU v5p": Chip(459e12, 2.765e12),
-    "TPU v6 lite": Chip(918e12, 1.64e12),
-    "TPU v6e": Chip(918e12, 1.64e12),
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1.555e12),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2.039e12),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 3.35e12),
-    "NVIDIA H200": Chip(989e12, 4.8e12),
+CHIPS = {
+    "TPU v4": Chip(275e12, 1.228e12, 32),
+    "TPU v5 lite": Chip(197e12, 0.819e12, 16),
+    "TPU v5e": Chip(197e12, 0.819e12, 16),
+    "TPU v5": Chip(459e12, 2.765e12, 95),
+    "TPU v5p": Chip(459e12, 2.765e12, 95),
+    "TPU v6 lite": Chip(918e12, 1.64e12, 32),
+    "TPU v6e": Chip(918e12, 1.64e12, 32),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 1.555e12, 39),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2.039e12, 79),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3.35e12, 79),
+    "NVIDIA H200": Chip(989e12, 4.8e12, 139),
 }
 _SIZE = 2048  # of the product that is measured where the device is not known
 
@@ -48,8 +49,8 @@ def peak(dtype: str) -> float:
     As the maker says of bfloat16, or measured in a tenth of a second in `dtype`.
     """
     kind = jax.devices()[0].device_kind
-    if kind in _CHIPS:
-        return _CHIPS[kind].operations * jax.device_count()
+    if kind in CHIPS:
+        return CHIPS[kind].operations * jax.device_count()
     # Simulated devices share one processor, so that its rate is that of all.
     return product_rate(jnp.dtype(dtype), _SIZE)
 
@@ -61,9 +62,9 @@ def least_seconds(kind: str, operations: float, read: float) -> float | None:
         operations: bfloat16 products.
         read: bytes of its memory.
     """
-    if kind not in _CHIPS:
+    if kind not in CHIPS:
         return None
-    chip = _CHIPS[kind]
+    chip = CHIPS[kind]
     return max(operations / chip.operations, read / chip.bandwidth)
 
 

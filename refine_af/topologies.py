@@ -7,10 +7,12 @@ with `".[cuda]"`.
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import topologies
+
+from refine_af import flops
 
 # What the libraries would ask the machine for.
 _NO_DEVICE = {
@@ -23,18 +25,7 @@ _NO_DEVICE = {
 }
 
 
-class Gpu(NamedTuple):
-    """A GPU of the Hopper generation as its driver reports it."""
-
-    kind: str
-    memory: int  # GiB
-    bandwidth: float  # bytes of its memory, a second
-
-
-GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 79, 3.35e12),
-    "h200": Gpu("NVIDIA H200", 139, 4.8e12),
-}
+GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 
 # Both have 132 multiprocessors (NVIDIA H100 Tensor Core GPU Architecture, table 3; H200 data
 # sheet); the rest is what a program may use of one (CUDA C++ programming guide, compute
@@ -80,7 +71,7 @@ def devices(topology: str) -> Sequence[Any]:
     gpu = re.fullmatch(rf"({'|'.join(GPUS)}):([1-9]\d*)", topology)
     try:
         if gpu:
-            asked = {"target_config": _target(GPUS[gpu[1]]), "topology": f"1x1x{gpu[2]}"}
+            asked = {"target_config": _hopper(GPUS[gpu[1]]), "topology": f"1x1x{gpu[2]}"}
             found = topologies.get_topology_desc(platform="cuda", **asked)
         else:
             found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
@@ -95,8 +86,7 @@ def devices(topology: str) -> Sequence[Any]:
     return list(found.devices)
 
 
-def _target(gpu: Gpu) -> str:
+def _hopper(kind: str) -> str:
     """What the compiler wants to know of a GPU."""
-    return _HOPPER.format(
-        kind=gpu.kind, memory=gpu.memory * 2**30, bandwidth=round(gpu.bandwidth)
-    )
+    chip = flops.CHIPS[kind]
+    return _HOPPER.format(kind=kind, memory=chip.memory * 2**30, bandwidth=round(chip.bandwidth))

@@ -2,8 +2,8 @@
 
     python docs/experiment/tables.py [FOLDER ...]
 
-A folder has what a run's workdir has: `ppo/evaluation.json`, `dataset/statistics.json` and, with both
-arms, `self_instruct/dataset/statistics.json`. Without an argument: all folders beside this file.
+A folder has what a run's workdir has: `ppo/evaluation.json`, `dataset/statistics.json` and, with
+both arms, `self_instruct/dataset/statistics.json`. Without an argument: all that are kept here.
 """
 
 import json
