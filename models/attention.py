@@ -85,24 +85,17 @@ def attend(
 
 
 def decodes_in_place(config: ModelConfig) -> bool:
-    """Whether a kernel attends to caches one column at a time: then steps write to them directly.
-
-    Raises:
-        ValueError: the kernel was asked for and cannot compute this.
-    """
-    if config.decode_kernel == "xla":
-        return False
-    check_decode_kernel(config)
-    return True
+    """Whether a kernel attends to caches, one column at a time: then steps write to them."""
+    return config.decode_kernel != "xla"
 
 
-def check_decode_kernel(config: ModelConfig) -> None:
-    """Refuse a kernel that was asked for and cannot compute this model's attention.
+def check_decode_kernel(config: ModelConfig, devices: Sequence[jax.Device]) -> None:
+    """Refuse a kernel that was asked for and cannot compute this model's attention there.
 
     Raises:
         ValueError: says why.
     """
-    obstacle = decode_kernel.obstacle(config) if config.decode_kernel != "xla" else None
+    obstacle = decode_kernel.obstacle(config, devices) if decodes_in_place(config) else None
     if obstacle:
         kernel = config.decode_kernel
         raise ValueError(f"decode_kernel={kernel!r}: {obstacle}; take decode_kernel='xla'")

@@ -6,6 +6,7 @@ head.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,7 +41,7 @@ def merged(parts: list[Partial]) -> Float[Array, "B K G H"]:
     return jnp.asarray(mixed / jnp.maximum(jnp.asarray(total), 1e-30)[..., None])
 
 
-def obstacle(config: ModelConfig) -> str | None:
+def obstacle(config: ModelConfig, devices: Sequence[jax.Device]) -> str | None:
     """What keeps the kernel from computing this model's attention; None when nothing does."""
     if config.dtype not in ("bfloat16", "float16"):
         return f"it needs bfloat16 or float16, not {config.dtype}"
@@ -50,10 +51,9 @@ def obstacle(config: ModelConfig) -> str | None:
         return "it has no soft cap of scores"
     if config.head_dim & (config.head_dim - 1) or config.head_dim < _LEAST_ROWS:
         return f"it needs a head_dim that is a power of two from 16 on, not {config.head_dim}"
-    if jax.devices()[0].platform != "gpu":
+    if devices[0].platform != "gpu":
         return "it needs a GPU"
-    count = jax.device_count()
-    return f"it works on one device, not {count}" if count > 1 else None
+    return f"it works on one device, not {len(devices)}" if len(devices) > 1 else None
 
 
 def fits(stored: Stored) -> bool:

@@ -277,7 +277,7 @@ def abstract_run(config: Experiment, topology: str, prompt_length: int) -> Run:
             does not divide the model.
     """
     mesh = mesh_lib.make_mesh(config.mesh, list(topologies.devices(topology)))
-    source = base_model.open_source(config.model)
+    source = base_model.open_source(config.model, mesh)
     mesh_lib.check(source.config, mesh)
     shapes = jax.eval_shape(lambda: transformer.init(source.config, key=jax.random.key(0))[0])
     params = _placed(shapes, mesh_lib.param_shardings(source.config, None, mesh)[0])

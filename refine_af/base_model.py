@@ -149,17 +149,17 @@ def lora_config(options: config_lib.Lora) -> LoraConfig:
     return LoraConfig(rank=options.rank, alpha=options.alpha, pattern=options.pattern)
 
 
-def open_source(options: config_lib.Model) -> Source:
+def open_source(options: config_lib.Model, mesh: jax.sharding.Mesh) -> Source:
     """The model that a run names, with nothing of it read but its description.
 
     Raises:
-        ValueError: there is none, or its decode kernel cannot compute its attention.
+        ValueError: there is none, or its decode kernel cannot compute its attention on the mesh.
     """
     source = sources.open_model(
         options.source, dtype=options.dtype, param_dtype=options.param_dtype
     )
     config = dataclasses.replace(source.config, decode_kernel=options.decode_kernel)
-    attention.check_decode_kernel(config)
+    attention.check_decode_kernel(config, list(mesh.devices.flat))
     return dataclasses.replace(source, config=config)
 
 
@@ -172,7 +172,7 @@ def load(
         check: refuse a mesh that does not divide the model, before any weight is read.
     """
     mesh = mesh_lib.make_mesh(mesh_options)
-    source = open_source(options)
+    source = open_source(options, mesh)
     if check:
         mesh_lib.check(source.config, mesh)
         if advice := mesh_lib.whole_heads(source.config, mesh):

@@ -304,8 +304,8 @@ def test_a_decode_kernel_that_cannot_is_refused(changes: dict[str, Any], message
         LLAMA, decode_kernel="pallas", **{"dtype": "bfloat16", "head_dim": 64, **changes}
     )
     with pytest.raises(ValueError, match=f"decode_kernel='pallas': {message}"):
-        attention.decodes_in_place(c)
-    assert not attention.decodes_in_place(dataclasses.replace(c, decode_kernel="xla"))
+        attention.check_decode_kernel(c, jax.devices()[:1])
+    attention.check_decode_kernel(dataclasses.replace(c, decode_kernel="xla"), jax.devices()[:1])
 
 
 # The choice

@@ -380,7 +380,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """The decode kernel runs without a GPU."""
     attend = functools.partial(decode_kernel.attend, interpret=True)
     monkeypatch.setattr(decode_kernel, "attend", attend)
-    monkeypatch.setattr(decode_kernel, "obstacle", lambda _: None)
 
 
 def sixteen(name: str) -> tuple[ModelConfig, Params]:
