@@ -7,6 +7,7 @@ the memory free.
 """
 
 import sys
+import textwrap
 
 from absl import flags as absl_flags
 
@@ -25,6 +26,7 @@ _SHARDING = absl_flags.DEFINE_bool(
     "print_sharding", False, "Print every parameter's sharding and its bytes on a device."
 )
 _MOST_COLLECTIVES = 8  # that are printed
+_WIDEST_SHAPE = 60  # characters
 
 
 def main() -> None:
@@ -64,7 +66,8 @@ def _show(figures: Figures) -> None:
     if figures.least_seconds is not None:
         print(f"  time: {1e3 * figures.least_seconds:.3g} ms at the least")
     for one in figures.collectives[:_MOST_COLLECTIVES]:
-        print(f"  {one.times} x {one.kind} {one.shape}, {one.size * one.times / 2**20:.0f} MiB")
+        shape = textwrap.shorten(one.shape, _WIDEST_SHAPE, placeholder=" ...")
+        print(f"  {one.times} x {one.kind} {shape}, {one.size * one.times / 2**20:.0f} MiB")
     left = figures.collectives[_MOST_COLLECTIVES:]
     if left:
         rest = sum(one.size * one.times for one in left)

@@ -151,7 +151,8 @@ def _replicated(arguments: Tree, mesh: jax.sharding.Mesh) -> list[str]:
 def _not_split(shapes: Iterable[hlo.Shape], base: BaseModel) -> list[str]:
     """Results that every device has whole.
 
-    Weights are gathered, as they should be: a layer's at a time, and the head's in blocks.
+    Weights are gathered, as they should be: a layer's at a time, and the head's in blocks. A
+    device's own part of all layers' may look like the whole of something else.
     """
     model = base.config
     others = {name: x for name, x in base.params.items() if name != "layers"}
@@ -159,6 +160,8 @@ def _not_split(shapes: Iterable[hlo.Shape], base: BaseModel) -> list[str]:
     weights_ |= {tuple(sorted(x.shape[1:])) for x in jax.tree.leaves(base.params["layers"])}
     block = model.vocab_size // logprobs.num_blocks(model.vocab_size)
     weights_.add(tuple(sorted((model.embed_dim, block))))
+    parts = (x.sharding.shard_shape(x.shape) for x in jax.tree.leaves(base.params))
+    weights_ |= {tuple(sorted(shape)) for shape in parts}
     return [
         f"every device computes all of {list(shape)}"
         for shape in sorted(shapes)
@@ -177,9 +180,12 @@ def _whole_heads(program: Program, base: BaseModel) -> list[str]:
 
 
 def shortage(figures: Figures) -> str:
-    """By how much a program does not fit, and what to change of the larger part of it."""
+    """By how much a program does not fit, and what to change of the larger part of it.
+
+    Temporaries include gradients, which are as large as what is trained.
+    """
     over = (figures.total - SHARE * figures.memory) / GIB
-    held = figures.temporaries < figures.arguments + figures.resident
+    held = figures.temporaries < figures.arguments + figures.resident + figures.aliased
     more = "use more devices, or more of them for mesh.fsdp and mesh.tensor"
     what = more if held and figures.program not in SAMPLING else remedy(figures.program)
     return f"{over:.1f} GiB too much for {SHARE:.0%} of the memory; {what}"

@@ -17,6 +17,7 @@ _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONSTANT = re.compile(r"constant\((\d+)\)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\w*\[([\d,]*)\]")
 
 
@@ -50,7 +51,8 @@ class _Found(NamedTuple):
 def collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program, the most bytes in sum first.
 
-    A loop's length is the largest constant that its condition compares with.
+    A loop's length is what the compiler noted, or else the largest constant that its condition
+    compares with.
     """
     found: dict[str, list[tuple[str, _Found]]] = {}
     calls: dict[str, list[tuple[str, int]]] = {}
@@ -98,8 +100,9 @@ def _collective(line: str) -> Iterator[_Found]:
     if not match:
         return
     arrays = [(f"{kind}[{dims}]", _size(kind, dims)) for kind, dims in _ARRAY.findall(match[1])]
-    if match[3] and match[2] != "all-reduce":  # (operand, result, ...)
-        arrays = [max(arrays, key=lambda array: array[1])]
+    if match[3] and match[2] != "all-reduce":  # (operands, results, numbers)
+        arrays = [array for array in arrays if not array[0].endswith("[]")]
+        arrays = arrays[len(arrays) // 2 :]
     channel = _CHANNEL.search(line)
     shape, size = " ".join(shape for shape, _ in arrays), sum(size for _, size in arrays)
     yield _Found(match[2], shape, size, channel[1] if channel else line)
@@ -116,7 +119,8 @@ def _calls(line: str, bodies: dict[str, tuple[bool, list[str]]]) -> Iterator[tup
     if loop:
         condition = bodies.get(loop[1], (False, []))[1]
         limits = [int(n) for text in condition for n in _CONSTANT.findall(text)]
-        yield loop[2], max(limits, default=1)
+        noted = _TRIPS.search(line)
+        yield loop[2], int(noted[1]) if noted else max(limits, default=1)
     for name in _CALLED.findall(line):
         yield name, 1
     for names in _BRANCHES.findall(line):

@@ -57,6 +57,29 @@ def test_collectives_count_as_often_as_their_loops_run() -> None:
     ]
 
 
+GPU = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %start = ((f32[4]{0}, bf16[2]{0}), (f32[32]{0}, bf16[16]{0})) all-gather-start(%x, %y)
+  %move = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x)
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  ROOT %less = pred[] fusion(%i), kind=kLoop, calls=%compare
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %loop = () while(%t), condition=%condition, body=%body, c={"known_trip_count":{"n":"7"}}
+}
+"""
+
+
+def test_collectives_as_the_compiler_of_gpus_writes_them() -> None:
+    assert hlo.collectives(GPU) == [
+        Collective("all-gather", "f32[32] bf16[16]", 160, 7),
+        Collective("collective-permute", "f32[4]", 16, 7),
+    ]
+
+
 def test_operations_of_products_in_loops_and_branches() -> None:
     """A product of [2, 3] and [3, 4] takes 48, of [2, 4] and [4, 4] 64: 48 + 7 * 64 + 64.
 
@@ -208,7 +231,10 @@ def test_what_does_not_fit_and_what_to_do() -> None:
         "2.6 GiB too much for 90% of the memory; raise ppo.num_microbatches, set ppo.remat=full, "
         "or use more devices"
     )
-    assert "or more of them for mesh.fsdp" in compilation.shortage(figures(arguments=14 * GIB))
+    more = "use more devices, or more of them for mesh.fsdp and mesh.tensor"
+    assert more in compilation.shortage(figures(arguments=14 * GIB))
+    trained = figures(arguments=8 * GIB, outputs=8 * GIB, aliased=8 * GIB, temporaries=10 * GIB)
+    assert more in compilation.shortage(trained)
     sampling = figures(program="sample decode", arguments=14 * GIB)
     assert "lower ppo.batch_size" in compilation.shortage(sampling)
 
