@@ -29,8 +29,8 @@ from refine_af.progress import bar
 _SUITE = absl_flags.DEFINE_list(
     "suite",
     ["sample"],
-    "Suites to run: sample, score, update, novelty; large, for accelerators; or all that suit the "
-    "device.",
+    "Suites to run: sample, score, update, novelty; large, for accelerators; or all: the shorter "
+    "cases of those that suit the device.",
 )
 _CASES = absl_flags.DEFINE_list("cases", None, "Only these cases; default: all of the suites.")
 _MODEL = absl_flags.DEFINE_string(

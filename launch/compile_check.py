@@ -37,6 +37,8 @@ def main() -> None:
     run = abstract_run.abstract_run(flags.experiment(), _TOPOLOGY.value, _PROMPT.value)
     if _SHARDING.value:
         print("\n".join(compilation.sharding_table(run)))
+    if run.base.mesh.devices.flat[0].platform == "gpu" and _TOPOLOGY.value != "local":
+        print("as with XLA_PYTHON_CLIENT_MEM_FRACTION=0.95; unset, a run takes three quarters")
     fits = True
     for kind in _PROGRAM.value:
         for program in run.programs(kind):
@@ -61,7 +63,11 @@ def _show(figures: Figures) -> None:
         f"  memory (GiB): {sizes}; in all {figures.total / GIB:.2f} of {figures.memory / GIB:.0f}"
     )
     ratio = figures.operations / figures.model_operations
-    moved = f"; {figures.moved:.3g} bytes moved, loops counted once" if figures.moved else ""
+    moved = (
+        f"; {figures.moved:.3g} bytes moved, loops counted once"
+        if figures.moved is not None
+        else ""
+    )
     print(f"  operations: {figures.operations:.3g}, {ratio:.2f} times the model's own{moved}")
     if figures.least_seconds is not None:
         print(f"  time: {1e3 * figures.least_seconds:.3g} ms at the least")

@@ -273,8 +273,8 @@ def abstract_run(config: Experiment, topology: str, prompt_length: int) -> Run:
     """A run on a topology, whose mesh is the config's.
 
     Raises:
-        ValueError: the topology is not known, the mesh does not have its number of devices, or it
-            does not divide the model.
+        ValueError: the topology is not known, the mesh does not have its number of devices or does
+            not divide the model, or a decode kernel cannot compute its attention there.
     """
     mesh = mesh_lib.make_mesh(config.mesh, list(topologies.devices(topology)))
     source = base_model.open_source(config.model, mesh)

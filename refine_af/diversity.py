@@ -35,7 +35,7 @@ _SCENE = re.compile(
 )
 
 _OPENER = re.compile(
-    r"(?:please|kindly|and|now|then|also|first|next|finally|so"
+    r"(?:please|kindly|just|only|and|now|then|also|first|next|finally|so"
     r"|(?:can|could|would|will) you|you (?:should|must|need to|have to|are (?:asked|required) to)"
     r"|i (?:want|need|would like) you to|i'd like you to"
     r"|(?:your|the) (?:task|job|goal) is to|help me(?: to)?|try to|let's"

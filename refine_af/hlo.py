@@ -101,7 +101,7 @@ def _collective(line: str) -> Iterator[_Found]:
         return
     arrays = [(f"{kind}[{dims}]", _size(kind, dims)) for kind, dims in _ARRAY.findall(match[1])]
     if match[3] and match[2] != "all-reduce":  # (operands, results, numbers)
-        arrays = [array for array in arrays if not array[0].endswith("[]")]
+        arrays = [array for array in arrays if array[0] not in ("u32[]", "s32[]")]
         arrays = arrays[len(arrays) // 2 :]
     channel = _CHANNEL.search(line)
     shape, size = " ".join(shape for shape, _ in arrays), sum(size for _, size in arrays)

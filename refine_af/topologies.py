@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.experimental import topologies
+from jax.experimental import topologies as jax_topologies
 
 from refine_af import flops
 
@@ -25,11 +25,12 @@ _NO_DEVICE = {
 }
 
 
-GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+# Device kinds by their name in a topology.
+_GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 
 # Both have 132 multiprocessors (NVIDIA H100 Tensor Core GPU Architecture, table 3; H200 data
 # sheet); the rest is what a program may use of one (CUDA C++ programming guide, compute
-# capability 9.0).
+# capability 9.0), with the oldest libraries that jax's extra `cuda13` brings.
 _HOPPER = """
 gpu_device_info {{
   threads_per_block_limit: 1024
@@ -61,20 +62,24 @@ device_description_str: "{kind}"
 def devices(topology: str) -> Sequence[Any]:
     """Devices of a TPU slice such as `v5e:4x4`, GPUs such as `h100:8`, those at hand for `local`.
 
+    Sets environment variables that keep the compilers from looking for hardware, and turns the
+    compilation cache off, which cannot read their programs back.
+
     Raises:
-        ValueError: no such topology, or its compiler is not installed.
+        ValueError: no such topology, nothing is known of its devices, or its compiler is not
+            installed.
     """
     if topology == "local":
         return jax.devices()
     for name, value in _NO_DEVICE.items():
         os.environ.setdefault(name, value)
-    gpu = re.fullmatch(rf"({'|'.join(GPUS)}):([1-9]\d*)", topology)
+    gpu = re.fullmatch(rf"({'|'.join(_GPUS)}):([1-8])", topology)
     try:
         if gpu:
-            asked = {"target_config": _hopper(GPUS[gpu[1]]), "topology": f"1x1x{gpu[2]}"}
-            found = topologies.get_topology_desc(platform="cuda", **asked)
+            asked = {"target_config": _hopper(_GPUS[gpu[1]]), "topology": f"1x1x{gpu[2]}"}
+            found = jax_topologies.get_topology_desc(platform="cuda", **asked)
         else:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+            found = jax_topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:120]
         raise ValueError(
@@ -82,7 +87,10 @@ def devices(topology: str) -> Sequence[Any]:
             "v6e:2x4, or GPUs such as h100:8, h200:1; the compilers come with pip install -e "
             "'.[tpu]' and '.[cuda]'"
         ) from None
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot read their programs back
+    kind = found.devices[0].device_kind
+    if kind not in flops.CHIPS:
+        raise ValueError(f"--topology={topology}: {kind}; expected one of {list(flops.CHIPS)}")
+    jax.config.update("jax_enable_compilation_cache", False)
     return list(found.devices)
 
 

@@ -308,6 +308,13 @@ def test_a_decode_kernel_that_cannot_is_refused(changes: dict[str, Any], message
     attention.check_decode_kernel(dataclasses.replace(c, decode_kernel="xla"), jax.devices()[:1])
 
 
+def test_a_decode_kernel_works_on_one_gpu() -> None:
+    c = dataclasses.replace(LLAMA, dtype="bfloat16", head_dim=64)
+    gpu: Any = SimpleNamespace(platform="gpu")
+    assert decode_kernel.obstacle(c, [gpu]) is None
+    assert decode_kernel.obstacle(c, [gpu] * 8) == "it works on one device, not 8"
+
+
 # The choice
 
 

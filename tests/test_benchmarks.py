@@ -113,6 +113,8 @@ def test_all_suites_are_those_that_suit_the_device() -> None:
     on_gpu, on_cpu, only = ast.literal_eval(run.stdout)
     assert on_gpu == {"large": ["decode1", "decode64", "update2k", "ppo"]}
     assert list(on_cpu) == ["sample", "score", "update", "novelty"]
+    assert on_cpu["sample"] == ["batch1", "batch16", "mixed", "prefix"]
+    assert on_cpu["score"] == ["reward_model"]
     assert on_cpu["novelty"] == ["filter500", "filter2000", "filter15000"]
     assert only == {"sample": [], "score": [], "update": ["lora"], "novelty": ["filter2000"]}
 

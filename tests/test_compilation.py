@@ -1,6 +1,7 @@
 """Programs compiled for devices: collectives and operations by hand, a whole run as shapes."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import Program, only_its_own_flags, program, refused
 
-from refine_af import abstract_run, compilation, flops, hlo
+from refine_af import abstract_run, compilation, flops, hlo, topologies
 from refine_af.compilation import GIB, Figures
 from refine_af.config import Mesh
 from refine_af.configs import tiny
@@ -205,6 +206,43 @@ def test_the_least_time_by_hand() -> None:
     assert flops.least_seconds("TPU v5 lite", 197e12, 819e9 / 2) == pytest.approx(1.0)
     assert flops.least_seconds("TPU v5 lite", 197e12, 819e9 * 2) == pytest.approx(2.0)
     assert flops.least_seconds("cpu", 1.0, 1.0) is None
+
+
+@pytest.mark.parametrize(("topology", "kind"), [("h200:2", "NVIDIA H200"), ("v5e:2x2", "TPU v9")])
+def test_devices_that_are_not_there(
+    topology: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compilers are asked by name; a device of which nothing is known is refused."""
+    asked: dict[str, str] = {}
+
+    def describe(**arguments: str) -> SimpleNamespace:
+        asked.update(arguments)
+        return SimpleNamespace(devices=[SimpleNamespace(device_kind=kind)])
+
+    for name in topologies._NO_DEVICE:
+        monkeypatch.setenv(name, "as it was")
+    monkeypatch.setattr(jax.experimental.topologies, "get_topology_desc", describe)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    if kind == "TPU v9":
+        with pytest.raises(ValueError, match="--topology=v5e:2x2: TPU v9; expected one of"):
+            topologies.devices(topology)
+        assert asked == {"platform": "tpu", "topology_name": topology}
+        return
+    assert [device.device_kind for device in topologies.devices(topology)] == [kind]
+    assert (asked["platform"], asked["topology"]) == ("cuda", "1x1x2")
+    assert f"device_memory_size: {139 * GIB}\n" in asked["target_config"]
+    assert f'device_description_str: "{kind}"' in asked["target_config"]
+
+
+def test_memory_of_a_device_that_is_not_there() -> None:
+    def none() -> None:
+        raise jax.errors.JaxRuntimeError("only addressable devices say")
+
+    absent = SimpleNamespace(device_kind="NVIDIA H200", memory_stats=none)
+    assert compilation.memory_of(absent, 1) == 139 * GIB
+    present = SimpleNamespace(device_kind="NVIDIA H200", memory_stats=lambda: {"bytes_limit": 7})
+    assert compilation.memory_of(present, 1) == 7
+    assert set(topologies._GPUS.values()) <= flops.CHIPS.keys()
 
 
 def run_of(trained: str) -> abstract_run.Run:

@@ -70,6 +70,7 @@ def test_question_word_stands_for_the_verb(instruction: str, expected: tuple[str
         ("Explain how to do it.", ("explain", "")),
         ("I am sad.", ("", "")),  # a scene and nothing behind it
         ("The following sentence has an error", ("", "")),
+        ("Just wait.", ("wait", "")),
         ("These words rhyme with 'cat'", ("", "")),
     ],
 )

@@ -56,7 +56,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main(folders: Sequence[Path]) -> None:
-    """Print both."""
+    """Print a table of what PPO did and one of what stage 3 made."""
+    for folder in folders:
+        if not any((folder / name).exists() for name in (PPO, DATA)):
+            sys.exit(f"{folder}: expected {PPO} or {DATA} in it")
     ppo = ("run", "reward before", "after", "gain, 95% interval", "better on")
     ppo += ("answers that can be used", "tokens", "KL, nats")
     print(table(ppo, (ppo_row(folder) for folder in folders if (folder / PPO).exists())))
@@ -74,4 +77,4 @@ def main(folders: Sequence[Path]) -> None:
 
 if __name__ == "__main__":
     kept = sorted(x for x in Path(__file__).parent.iterdir() if x.is_dir())
-    main([*map(Path, sys.argv[1:])] or kept)
+    main([*map(Path, sys.argv[1:])] or [x for x in kept if (x / PPO).exists()])
