@@ -1,4 +1,4 @@
-"""All stages on random weights over bytes, in under a minute; what most tests use.
+"""All stages on random weights over bytes, in minutes; what most tests use.
 
 The text is noise, so every filter and every reward is as in a real run but nothing is learnt.
 Command: python -m refine_af.launch.pipeline --config=tiny --workdir=runs/tiny

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags as absl_flags
+from absl import logging
 
-from refine_af import base_model, evaluation, records, superni
+from refine_af import base_model, evaluation, pipeline, records, superni
 from refine_af.config import TRACKS, Evaluation, Model
 from refine_af.launch import _stages, flags
 
@@ -61,6 +62,11 @@ def main() -> None:
     if (_MODEL.value is None) == (_PREDICTIONS.value is None):
         raise ValueError("give --config and --workdir, or --model, or --predictions")
     output = Path(flags.require(_OUTPUT))
+    if (output / pipeline.CONFIG).exists():
+        raise ValueError(
+            f"--output={output}: the workdir of a run, whose own scores these would replace; take "
+            "another directory"
+        )
     options = Evaluation(
         tasks=_TASKS.value,
         split=_SPLIT.value,
@@ -76,6 +82,9 @@ def main() -> None:
     if _PREDICTIONS.value:
         rows = flags.read_input(Path(_PREDICTIONS.value), ("id", "prediction"))
         found = {row["id"]: row["prediction"] for row in rows}
+        if len(found) < len(rows):
+            again = len(rows) - len(found)
+            logging.warning("%s: %d ids come again; the last counts", _PREDICTIONS.value, again)
         evaluation.check_predictions(found, tasks, Path(_PREDICTIONS.value))
         arms = {"predictions": found}
         result = evaluation.write_scores_of(arms, tasks, output / evaluation.SCORES)

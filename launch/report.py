@@ -16,8 +16,8 @@ _COMPARE = absl_flags.DEFINE_list(
     "compare",
     None,
     "Runs [NAME=]DIR[:ARM][+DIR[:ARM]...], a baseline before what is held against it. DIR has an "
-    "evaluation.json: a workdir, or an --output of evaluate. Without ARM, the run's last. With + "
-    "the mean of several, as of seeds.",
+    "evaluation.json: a workdir, or an --output of evaluate. Without ARM refine_af, "
+    "self_instruct or base, the first that is there. With + the mean of several, as of seeds.",
 )
 _OUTPUT = absl_flags.DEFINE_string("output", None, "Directory for the comparison.")
 _SEED = absl_flags.DEFINE_integer("seed", 0, "Of the comparison's bootstrap.", lower_bound=0)

@@ -327,7 +327,10 @@ def _check_pair(first: Run, second: Run) -> None:
         sizes = [f"{row['instances']} of {row['category']!r}" for row in rows]
         if sizes[0] != sizes[1]:
             found = " and ".join(sizes)
-            raise ValueError(f"{where}: {task} has {found} instances, expected the same in both")
+            raise ValueError(
+                f"{where}: {task} has {found} instances, expected the same in both; evaluate both "
+                "with the same tasks, split and max_instances"
+            )
     for task in first.instances.keys() & second.instances.keys():
         _same(first.instances[task], second.instances[task], "instance", where)
 

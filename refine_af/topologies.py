@@ -80,6 +80,10 @@ def devices(topology: str) -> Sequence[Any]:
             found = jax_topologies.get_topology_desc(platform="cuda", **asked)
         else:
             found = jax_topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except NotImplementedError:  # the plugin of these GPUs is not there
+        raise ValueError(
+            f"--topology={topology}: the compiler is not installed; pip install -e '.[cuda]'"
+        ) from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:120]
         raise ValueError(

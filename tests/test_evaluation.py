@@ -1,14 +1,18 @@
-"""Prompts of an evaluation that a model's context has no room for."""
+"""Prompts that a model's context has no room for, and a run's own scores."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from absl import logging
+from programs import Program, only_its_own_flags, program, refused
 
 from refine_af import evaluation
 from refine_af.configs import tiny
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.superni import Example, Instance, Task
+
+__all__ = ["only_its_own_flags", "program"]
 
 OPTIONS = dataclasses.replace(
     tiny.get_config().evaluation, num_examples=0, format="raw", max_new_tokens=10
@@ -53,3 +57,14 @@ def test_examples_go_before_an_input_is_cut() -> None:
 def test_a_definition_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="task1: its definition and examples leave no room in the"):
         evaluation.questions([task("Say it. " * 40)], byte_tokenizer(), OPTIONS, 150)
+
+
+@pytest.mark.parametrize("what", ["--predictions=rows.jsonl", "--model=random:tiny"])
+def test_evaluate_does_not_replace_the_scores_of_a_run(
+    program: Program, what: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert program("evaluate", what, f"--output={tmp_path}") == refused(
+        f"--output={tmp_path}: the workdir of a run, whose own scores these would replace; take "
+        "another directory"
+    )

@@ -43,8 +43,7 @@ def data_row(folder: Path, arm: str) -> list[str]:
         str(dropped.pop("input_equals_output", 0)),
         str(sum(dropped.values())),
         f"{found['rewards']['reward']['mean']:.2f}",
-        f"{found['input_words']['mean']:.1f}",
-        f"{found['output_words']['mean']:.1f}",
+        *(f"{found[name].get('mean', 0):.1f}" for name in ("input_words", "output_words")),
         *(f"{shares[name]:.0%}" for name in ("one_word", "nothing_of_their_own", "different")),
     ]
 
