@@ -91,11 +91,12 @@ def devices(topology: str) -> Sequence[Any]:
             "v6e:2x4, or GPUs such as h100:8, h200:1; the compilers come with pip install -e "
             "'.[tpu]' and '.[cuda]'"
         ) from None
-    kind = found.devices[0].device_kind
+    made: list[Any] = list(found.devices)
+    kind = made[0].device_kind
     if kind not in flops.CHIPS:
         raise ValueError(f"--topology={topology}: {kind}; expected one of {list(flops.CHIPS)}")
     jax.config.update("jax_enable_compilation_cache", False)
-    return list(found.devices)
+    return made
 
 
 def _hopper(kind: str) -> str:
