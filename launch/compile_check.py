@@ -63,12 +63,9 @@ def _show(figures: Figures) -> None:
         f"  memory (GiB): {sizes}; in all {figures.total / GIB:.2f} of {figures.memory / GIB:.0f}"
     )
     ratio = figures.operations / figures.model_operations
-    moved = (
-        f"; {figures.moved:.3g} bytes moved, loops counted once"
-        if figures.moved is not None
-        else ""
-    )
-    print(f"  operations: {figures.operations:.3g}, {ratio:.2f} times the model's own{moved}")
+    print(f"  operations: {figures.operations:.3g}, {ratio:.2f} times the model's own")
+    if figures.moved is not None:
+        print(f"  memory traffic: {figures.moved:.3g} bytes, loops counted once")
     if figures.least_seconds is not None:
         print(f"  time: {1e3 * figures.least_seconds:.3g} ms at the least")
     for one in figures.collectives[:_MOST_COLLECTIVES]:

@@ -96,8 +96,8 @@ def to_markdown(found: Mapping[str, Any]) -> str:
     ]
     parts = [
         "# Comparison of runs\n",
-        _table(("Run", "Instances", "Exact match", "ROUGE-L"), runs),
-        _table(("Runs", "Won", "Tied", "Lost", "Tasks improved", "Gain in ROUGE-L"), pairs),
+        table(("Run", "Instances", "Exact match", "ROUGE-L"), runs),
+        table(("Runs", "Won", "Tied", "Lost", "Tasks improved", "Gain in ROUGE-L"), pairs),
         method(found) + "\n",
     ]
     for pair in found["pairs"]:
@@ -122,7 +122,7 @@ def _of_categories(found: Mapping[str, Any], pair: Mapping[str, Any]) -> str:
         )
         for name, row in pair["categories"].items()
     ]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _of_tasks(found: Mapping[str, Any], pair: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ def _of_tasks(found: Mapping[str, Any], pair: Mapping[str, Any]) -> str:
         )
         for name, row in pair["tasks"].items()
     ]
-    return _table(("Task", "Outcome", pair["first"], pair["second"], "Gain"), rows)
+    return table(("Task", "Outcome", pair["first"], pair["second"], "Gain"), rows)
 
 
 def _two(found: Mapping[str, Any], pair: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -154,7 +154,7 @@ def _with_interval(value: str, ends: comparison.Interval, sign: str = "") -> str
     return value if ends is None else f"{value} ({ends[0]:{sign}.2f} to {ends[1]:{sign}.2f})"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table, numbers to the right."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)

@@ -80,9 +80,10 @@ def devices(topology: str) -> Sequence[Any]:
             found = jax_topologies.get_topology_desc(platform="cuda", **asked)
         else:
             found = jax_topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except NotImplementedError:  # the plugin of these GPUs is not there
+    except NotImplementedError:  # of jax, where it finds no such compiler
+        extra = "cuda" if gpu else "tpu"
         raise ValueError(
-            f"--topology={topology}: the compiler is not installed; pip install -e '.[cuda]'"
+            f"--topology={topology}: the compiler is not installed; pip install -e '.[{extra}]'"
         ) from None
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:120]

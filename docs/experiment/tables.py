@@ -8,8 +8,10 @@ both arms, `self_instruct/dataset/statistics.json`. Without an argument: all tha
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+
+from refine_af.comparison_report import table
 
 PPO, DATA = "ppo/evaluation.json", "dataset/statistics.json"
 ARMS = {"refine-af": ".", "self-instruct": "self_instruct"}
@@ -46,12 +48,6 @@ def data_row(folder: Path, arm: str) -> list[str]:
         *(f"{found[name].get('mean', 0):.1f}" for name in ("input_words", "output_words")),
         *(f"{shares[name]:.0%}" for name in ("one_word", "nothing_of_their_own", "different")),
     ]
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, numbers to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main(folders: Sequence[Path]) -> None:
