@@ -36,14 +36,16 @@ _CASES = absl_flags.DEFINE_list("cases", None, "Only these cases; default: all o
 _MODEL = absl_flags.DEFINE_string(
     "model",
     None,
-    "As in `generate`; default: smollm2-135m-instruct, for suite large random:llama2-7b.",
+    f"{flags.MODEL_HELP} Default: smollm2-135m-instruct, for suite large random:llama2-7b.",
 )
-_DTYPE = absl_flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of everything.")
+_DTYPE = absl_flags.DEFINE_enum(
+    "dtype", "bfloat16", ["float32", "bfloat16"], "Number type of both sides."
+)
 _DECODE_KERNEL = absl_flags.DEFINE_enum(
     "decode_kernel", "xla", DECODE_KERNELS, "Of attention to a cache: xla, or pallas on a GPU."
 )
-_REPEATS = absl_flags.DEFINE_integer("repeats", 3, "Timed runs; their median counts.", 1)
-_OUTPUT = absl_flags.DEFINE_string("output", None, "JSON file to write; optional.")
+_REPEATS = absl_flags.DEFINE_integer("repeats", 3, "Timed runs of a case; their median counts.", 1)
+_OUTPUT = absl_flags.DEFINE_string("output", None, "JSON file to write besides the table.")
 
 _ALL, _LARGE = "all", "large"
 SUITES: dict[str, tuple[list[str], Callable[[Model, Limits, int, list[str]], Iterator[Row]]]] = {

@@ -12,7 +12,7 @@ from refine_af.progress import bar
 _SOURCE = absl_flags.DEFINE_string(
     "source",
     None,
-    "Hugging Face or Orbax directory, .gguf file, hub id, random:PRESET, or a bundled name.",
+    flags.MODEL_HELP,
 )
 _TARGET = absl_flags.DEFINE_string("target", None, "Directory to write; the source says its kind.")
 _DTYPE = absl_flags.DEFINE_enum(

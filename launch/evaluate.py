@@ -18,26 +18,45 @@ from refine_af.config import TRACKS, Evaluation, Model
 from refine_af.launch import _stages, flags
 
 _WORKDIR = flags.workdir_flags()
-_MODEL = absl_flags.DEFINE_string("model", None, "Model to evaluate: as --model of generate.")
+_MODEL = absl_flags.DEFINE_string("model", None, flags.MODEL_HELP)
 _PREDICTIONS = absl_flags.DEFINE_string(
-    "predictions", None, "JSONL rows id and prediction, to be scored only."
+    "predictions", None, "JSONL rows with id and prediction; they are scored, no model runs."
 )
 _TASKS = absl_flags.DEFINE_string(
-    "tasks", "", "Directory of task files; the bundled ones if empty."
+    "tasks", "", "Directory of task files; empty: the 12 bundled tasks."
 )
-_SPLIT = absl_flags.DEFINE_string("split", "", "File with a task name a line; all if empty.")
+_SPLIT = absl_flags.DEFINE_string(
+    "split", "", "File with a task name a line; empty: every task of --tasks."
+)
 _TRACK = absl_flags.DEFINE_enum(
     "track", "default", TRACKS, "ROUGE-L of English words, or (xlingual) of GPT-2's tokens."
 )
-_OUTPUT = absl_flags.DEFINE_string("output", None, "Directory for predictions and scores.")
-_NUM_EXAMPLES = absl_flags.DEFINE_integer("num_examples", 2, "Demonstrations.", lower_bound=0)
-_FORMAT = absl_flags.DEFINE_enum("format", "raw", ["raw", "chat"], "How prompts are framed.")
-_BATCH_SIZE = absl_flags.DEFINE_integer("batch_size", 32, "Rows at a time.", lower_bound=1)
-_DTYPE = absl_flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the arithmetic.")
-_MAX_INSTANCES = absl_flags.DEFINE_integer("max_instances", 100, "Of each task.", lower_bound=1)
-_MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", 128, "Of an answer.", lower_bound=1)
+_OUTPUT = absl_flags.DEFINE_string(
+    "output", None, "Directory to write predictions.jsonl and evaluation.json in."
+)
+_NUM_EXAMPLES = absl_flags.DEFINE_integer(
+    "num_examples", 2, "Solved examples of its task before each question.", lower_bound=0
+)
+_FORMAT = absl_flags.DEFINE_enum(
+    "format", "raw", ["raw", "chat"], "Prompts as they are (raw) or as a user's turn (chat)."
+)
+_BATCH_SIZE = absl_flags.DEFINE_integer(
+    "batch_size", 32, "Questions answered together.", lower_bound=1
+)
+_DTYPE = absl_flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Number type of weights and arithmetic."
+)
+_MAX_INSTANCES = absl_flags.DEFINE_integer(
+    "max_instances", 100, "Instances of each task that count, its first.", lower_bound=1
+)
+_MAX_NEW_TOKENS = absl_flags.DEFINE_integer(
+    "max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1
+)
 _MAX_SOURCE_TOKENS = absl_flags.DEFINE_integer(
-    "max_source_tokens", 1024, "Of a prompt; demonstrations beyond are left out.", lower_bound=1
+    "max_source_tokens",
+    1024,
+    "Tokens of a prompt; an example that would exceed them is left out.",
+    lower_bound=1,
 )
 _MESH = flags.mesh_flag()
 

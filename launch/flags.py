@@ -38,6 +38,9 @@ _LEVERS = {  # flags of programs that decide how much memory is taken
     "int8_weights": "set --int8_weights",
 }
 
+MODEL_HELP = (
+    "Hugging Face or Orbax directory, .gguf file, hub id, random:PRESET, or a bundled name."
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address",
     None,
@@ -226,7 +229,9 @@ def _read_input(path: Path, strings: Sequence[str]) -> list[dict[str, Any]]:
 
 def workdir_flags() -> tuple[flags.FlagHolder[str | None], flags.FlagHolder[bool]]:
     """`--workdir` and `--force_config`."""
-    workdir = flags.DEFINE_string("workdir", None, "Directory of the run; made when missing.")
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Directory of the run's files; made when missing."
+    )
     force = flags.DEFINE_bool(
         "force_config", False, "Go on in a workdir that was made with another config."
     )

@@ -25,7 +25,7 @@ from refine_af.requests import Completion, Request
 _MODEL = absl_flags.DEFINE_string(
     "model",
     None,
-    "Hugging Face or Orbax directory, .gguf file, hub id, random:PRESET, or a bundled name.",
+    flags.MODEL_HELP,
 )
 _ADAPTER = absl_flags.DEFINE_string(
     "adapter", None, "LoRA adapter of the model, a directory in PEFT's format."
@@ -46,20 +46,42 @@ _AS_COMPLETED = absl_flags.DEFINE_bool(
 _FULL_LOGPROBS = absl_flags.DEFINE_bool(
     "full_logprobs", False, "Write also log-probabilities under softmax(logits / temperature)."
 )
-_FORMAT = absl_flags.DEFINE_enum("format", "raw", ["raw", "chat"], "How prompts are framed.")
-_TEMPERATURE = absl_flags.DEFINE_float("temperature", 0.0, "0 is greedy.")
-_TOP_P = absl_flags.DEFINE_float("top_p", 1.0, "Nucleus; 1 is no limit.")
-_TOP_K = absl_flags.DEFINE_integer("top_k", 0, "Most likely tokens; 0 is no limit.")
-_MIN_P = absl_flags.DEFINE_float("min_p", 0.0, "Share of the likeliest token's probability.")
-_REPETITION_PENALTY = absl_flags.DEFINE_float("repetition_penalty", 1.0, "1 is none.")
-_MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", 128, "Tokens to draw at most.")
-_NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Answers to each row.", lower_bound=1)
-_SEED = absl_flags.DEFINE_integer("seed", 0, "Row i draws with seed + i.")
-_DTYPE = absl_flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the arithmetic.")
-_BATCH_SIZE = absl_flags.DEFINE_integer("batch_size", 16, "Answers at a time.", lower_bound=1)
+_FORMAT = absl_flags.DEFINE_enum(
+    "format", "raw", ["raw", "chat"], "Prompts as they are (raw) or as a user's turn (chat)."
+)
+_TEMPERATURE = absl_flags.DEFINE_float(
+    "temperature", 0.0, "Of sampling; 0 takes the likeliest token."
+)
+_TOP_P = absl_flags.DEFINE_float(
+    "top_p", 1.0, "Draw from the likeliest tokens that hold this probability; 1: all."
+)
+_TOP_K = absl_flags.DEFINE_integer(
+    "top_k", 0, "Draw from this many of the likeliest tokens; 0: all."
+)
+_MIN_P = absl_flags.DEFINE_float(
+    "min_p", 0.0, "Draw from tokens with at least this share of the likeliest one's probability."
+)
+_REPETITION_PENALTY = absl_flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Divides the logits of tokens that the text has; 1: off."
+)
+_MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.")
+_NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Answers to each prompt.", lower_bound=1)
+_SEED = absl_flags.DEFINE_integer(
+    "seed", 0, "Random seed; the i-th prompt, from 0, draws with seed + i."
+)
+_DTYPE = absl_flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Number type of weights and arithmetic."
+)
+_BATCH_SIZE = absl_flags.DEFINE_integer(
+    "batch_size", 16, "Answers written together.", lower_bound=1
+)
 _MESH = flags.mesh_flag()
-_INT8_WEIGHTS = absl_flags.DEFINE_bool("int8_weights", False, "Round the weights to int8.")
-_INT8_CACHE = absl_flags.DEFINE_bool("int8_cache", False, "Keep keys and values as int8.")
+_INT8_WEIGHTS = absl_flags.DEFINE_bool(
+    "int8_weights", False, "Round the weights to int8: half the memory, log-probabilities drift."
+)
+_INT8_CACHE = absl_flags.DEFINE_bool(
+    "int8_cache", False, "Keep keys and values as int8: half the cache, log-probabilities drift."
+)
 
 _MOST_SAMPLES = 100_000  # of a row; each is a request in memory
 _OWN = {field.name for field in dataclasses.fields(Sampling)}

@@ -11,7 +11,7 @@ from absl import flags as absl_flags
 from refine_af import comparison, comparison_report, report
 from refine_af.launch import flags
 
-_WORKDIR = absl_flags.DEFINE_string("workdir", None, "Directory of the run.")
+_WORKDIR = absl_flags.DEFINE_string("workdir", None, "Directory of the run to report on.")
 _COMPARE = absl_flags.DEFINE_list(
     "compare",
     None,
@@ -19,8 +19,10 @@ _COMPARE = absl_flags.DEFINE_list(
     "evaluation.json: a workdir, or an --output of evaluate. Without ARM refine_af, "
     "self_instruct or base, the first that is there. With + the mean of several, as of seeds.",
 )
-_OUTPUT = absl_flags.DEFINE_string("output", None, "Directory for the comparison.")
-_SEED = absl_flags.DEFINE_integer("seed", 0, "Of the comparison's bootstrap.", lower_bound=0)
+_OUTPUT = absl_flags.DEFINE_string("output", None, "Directory to write the comparison in.")
+_SEED = absl_flags.DEFINE_integer(
+    "seed", 0, "Random seed of the bootstrap intervals.", lower_bound=0
+)
 
 
 def main() -> None:

@@ -30,19 +30,35 @@ from refine_af.progress import bar
 from refine_af.seeds import SeedTask
 from refine_af.trained_oracle import TrainedOracle
 
-_MODEL = absl_flags.DEFINE_string("model", "smollm2-135m-instruct", "As in `generate`.")
-_OUTPUT = absl_flags.DEFINE_string("output", None, "Directory to make.")
-_SEED = absl_flags.DEFINE_integer("seed", 0, "Of everything that is drawn.")
-_NUM_EPOCHS = absl_flags.DEFINE_integer("num_epochs", 2, "Times that every task is seen.")
-_LEARNING_RATE = absl_flags.DEFINE_float("learning_rate", 1e-3, "At its highest.")
+_MODEL = absl_flags.DEFINE_string("model", "smollm2-135m-instruct", flags.MODEL_HELP)
+_OUTPUT = absl_flags.DEFINE_string(
+    "output", None, "Directory to write the oracle in; it must not exist."
+)
+_SEED = absl_flags.DEFINE_integer(
+    "seed", 0, "Random seed of corruptions, order and the new weights."
+)
+_NUM_EPOCHS = absl_flags.DEFINE_integer("num_epochs", 2, "Passes over the training tasks.")
+_LEARNING_RATE = absl_flags.DEFINE_float(
+    "learning_rate", 1e-3, "Highest learning rate, after the warm-up."
+)
 _BATCH_SIZE = absl_flags.DEFINE_integer(
     "batch_size", 4, "Rows of --max_length tokens a step; several texts are packed into each."
 )
-_MAX_LENGTH = absl_flags.DEFINE_integer("max_length", 256, "Tokens of a task and an answer.")
-_LORA_RANK = absl_flags.DEFINE_integer("lora_rank", 8, "Of the adapter; alpha is twice that.")
-_LORA_PATTERN = absl_flags.DEFINE_string("lora_pattern", Lora.pattern, "Linear maps it adapts.")
-_DTYPE = absl_flags.DEFINE_enum("dtype", "bfloat16", ["float32", "bfloat16"], "Of the model.")
-_SEED_TASKS = absl_flags.DEFINE_string("seed_tasks", None, "JSONL file; default: the bundled 175.")
+_MAX_LENGTH = absl_flags.DEFINE_integer(
+    "max_length", 256, "Tokens of a task with its answer; longer ones are cut."
+)
+_LORA_RANK = absl_flags.DEFINE_integer(
+    "lora_rank", 8, "Rank of the LoRA adapter; its alpha is twice that."
+)
+_LORA_PATTERN = absl_flags.DEFINE_string(
+    "lora_pattern", Lora.pattern, "Regular expression of the linear maps that the adapter changes."
+)
+_DTYPE = absl_flags.DEFINE_enum(
+    "dtype", "bfloat16", ["float32", "bfloat16"], "Number type of weights and arithmetic."
+)
+_SEED_TASKS = absl_flags.DEFINE_string(
+    "seed_tasks", None, "JSONL file of seed tasks; default: the bundled 175."
+)
 _PREFERENCES = absl_flags.DEFINE_string(
     "preferences", None, "JSONL rows prompt, chosen, rejected to learn from besides."
 )

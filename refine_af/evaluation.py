@@ -210,6 +210,29 @@ def check_predictions(predictions: Mapping[str, str], tasks: Sequence[Task], whe
         logging.warning(text, where, len(missing), len(ids), missing[0])
 
 
+def outline(path: Path) -> str:
+    """Scores over all in an `evaluation.json` as text, a line for each arm.
+
+    Raises:
+        ValueError: it is not as `write_scores` writes it.
+    """
+    runs = comparison.runs_of(records.read_json(path), str(path))
+    base = runs.get("base")
+    width = max(len(run.name) for run in runs.values())
+    lines = []
+    for run in runs.values():
+        line = "{:{}}  ROUGE-L {rougeL:7.4f}, exact match {exact_match:7.4f}".format(
+            run.name, width, **run.scores["all"]
+        )
+        if base and run is not base:
+            tasks = comparison.outcomes(*(comparison.by_task(r.scores) for r in (base, run)))
+            line += "; against the base model {won} tasks won, {tied} tied, {lost} lost".format(
+                **tasks
+            )
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def as_table(scores: Mapping[str, Any]) -> str:
     """Scores of one arm as text: a line for each task, for each category and for all."""
     rows = [

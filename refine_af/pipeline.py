@@ -258,7 +258,14 @@ def _finetune(run: Run, target: Path) -> bool:
 
 
 def evaluate(run: Run) -> bool:
-    """Scores of the base model and of every arm that is fine-tuned."""
+    """Scores of the base model and of every arm that is fine-tuned; those over all are printed."""
+    worked = _evaluate(run)
+    outline = evaluation.outline(run.workdir / SCORES)
+    processes.by_writer(lambda: print(outline))
+    return worked
+
+
+def _evaluate(run: Run) -> bool:
     options = run.config.evaluation
     tasks = evaluation.load_tasks(options)
     arms = [arm for arm in ARMS if finetuning.finished(folder(run.workdir, arm))] or run.arms
