@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from refine_af.models import attention, rotary
 from refine_af.models import cache as cache_lib
-from refine_af.models.attention import Seen
+from refine_af.models import context, rotary
 from refine_af.models.block import Attend, Block
 from refine_af.models.cache import KVCache, Prefix, Stored, Tail
 from refine_af.models.config import LoraConfig, ModelConfig
+from refine_af.models.context import Held
 from refine_af.models.contraction import rows_times
 from refine_af.models.kernels import num_parts
 from refine_af.models.layers import LINEAR, Axes, Linear, RMSNorm, quantize
@@ -110,16 +110,17 @@ class Transformer(nnx.Module):
             layers = [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(len(self.kinds))]
         else:
             assert not self.stacked, "decoding needs unstacked layers"
-            before = _Before(self.config, prefix, positions, offset)
+            before = context.Before(positions, offset)
             if cache is None:
-                whole = _Whole(self, start, tokens.shape[1])
-                x, layers = self._unrolled(x, rotaries, lambda i: whole.attend(*before.layer(i)))
+                attend = context.Whole(self.config, self.layout, start, tokens.shape[1]).attend
             else:
-                x, layers = self._unrolled(
-                    x,
-                    rotaries,
-                    lambda i: self._cached(i, start, columns, cache, before.layer(i)[1]),
-                )
+                attend = context.Cached(self.config, start, columns, cache).attend
+            x, layers = self._unrolled(
+                x,
+                rotaries,
+                context.held_by(len(self.kinds), cache, prefix),
+                lambda window, held: attend(window, held, before.seen(window, held.prefix)),
+            )
         written = KVCache(tuple(layers), end + tokens.shape[1])
         return self.final_norm(x), written if tail is None else tail._replace(recent=written)
 
@@ -176,42 +177,18 @@ class Transformer(nnx.Module):
         """Of each layer, whether it sees everything."""
         return [self.config.window(i) is None for i in range(self.config.num_layers)]
 
-    def _cached(
-        self,
-        layer: int,
-        start: Int[Array, "B 1|T"],
-        columns: Int[Array, "T"],
-        cache: KVCache | Tail,
-        before: Sequence[Seen],
-    ) -> Attend:
-        window = self.config.window(layer)
-        past, ring = (cache.past, cache.recent) if isinstance(cache, Tail) else (None, cache)
-        own = start if past is None else jnp.maximum(start, past.end)
-
-        def attend(query: Array, new: Stored) -> tuple[Array, Stored]:
-            seen = list(before)
-            if past is not None:
-                # Tied to the query: else int8 entries of all layers are widened ahead of the loop.
-                tied = jax.lax.optimization_barrier((past.layers[layer], query))[0]
-                seen.append(_past(tied, past.end, start, columns, window))
-            return attention.attend_cached(
-                query, new, ring.layers[layer], own, ring.end, window, seen, self.config
-            )
-
-        return attend
-
     def _scan(
         self, x: Array, rotaries: tuple[Rotary, Rotary], start: Array, *, remat: str
     ) -> tuple[Array, Stored]:
         definition, stacked = nnx.split(self.layers)
         kinds = self.kinds
-        whole = _Whole(self, start, x.shape[1])
+        whole = context.Whole(self.config, self.layout, start, x.shape[1])
 
         def layer(x: Array, scanned: tuple[nnx.State, Array]) -> tuple[Array, Stored]:
             params, flag = scanned
             is_global = kinds[0] if len(set(kinds)) == 1 else flag
-            tables = _pick(is_global, *rotaries)
-            y, kept = nnx.merge(definition, params)(x, tables, whole.attend(is_global))
+            tables = context.pick(is_global, *rotaries)
+            y, kept = nnx.merge(definition, params)(x, tables, whole.of_kind(is_global))
             return self._split_rows(y), kept
 
         keep = jax.checkpoint_policies.save_only_these_names(LINEAR) if remat == "cheap" else None
@@ -219,11 +196,28 @@ class Transformer(nnx.Module):
         return jax.lax.scan(body, x, (stacked, jnp.asarray(kinds)))
 
     def _unrolled(
-        self, x: Array, rotaries: tuple[Rotary, Rotary], attend_of: Callable[[int], Attend]
+        self,
+        x: Array,
+        rotaries: tuple[Rotary, Rotary],
+        held: Sequence[Held],
+        attend: Callable[[int | None, Held], Attend],
     ) -> tuple[Array, list[Stored]]:
+        """Layers one by one; as functions of their own, those that are alike are traced once."""
+
+        @functools.partial(jax.jit, static_argnums=(0, 1))
+        def layer(
+            definition: nnx.GraphDef, window: int | None, params: nnx.State, held: Held, x: Array
+        ) -> tuple[Array, Stored]:
+            tables = context.pick(window is None, *rotaries)
+            made: tuple[Array, Stored] = nnx.merge(definition, params)(
+                x, tables, attend(window, held)
+            )
+            return made
+
         layers = []
-        for i, (block, is_global) in enumerate(zip(self.layers, self.kinds, strict=True)):
-            x, kept = block(x, _pick(is_global, *rotaries), attend_of(i))
+        for i, block in enumerate(self.layers):
+            definition, params = nnx.split(block)
+            x, kept = layer(definition, self.config.window(i), params, held[i], x)
             layers.append(kept)
         return x, layers
 
@@ -286,96 +280,10 @@ def _rows_backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, None]:
 rows_of.defvjp(_rows_forward, _rows_backward)
 
 
-def _past(
-    stored: Stored,
-    end: Int[Array, ""],
-    start: Int[Array, "B 1|T"],
-    columns: Int[Array, "T"],
-    window: int | None,
-) -> Seen:
-    """What queries at `columns` see of a cache that ends before them."""
-    places = cache_lib.columns(stored.keys.shape[2], end)
-    return Seen(stored, attention.visible(start, columns, places, window))
-
-
 def _positions(
     columns: Int[Array, "T"], start: Int[Array, "B 1|T"], offset: Int[Array, "B 1|T"]
 ) -> Int[Array, "B T"]:
     return jnp.maximum(columns[None] - start + offset, 0)
-
-
-def _pick(is_global: bool | Bool[Array, ""], of_global: Any, of_local: Any) -> Any:
-    """One of two trees: at trace time for a bool, at run time for an array."""
-    if isinstance(is_global, bool):
-        return of_global if is_global else of_local
-    return jax.tree.map(lambda a, b: jnp.where(is_global, a, b), of_global, of_local)
-
-
-class _Before:
-    """What each layer sees of a shared prefix."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        prefix: Prefix | None,
-        positions: Int[Array, "B T"],
-        offset: Int[Array, "B 1|T"],
-    ) -> None:
-        self.config = config
-        self.prefix = prefix
-        self.positions = positions
-        self.offset = offset
-
-    def layer(self, index: int) -> tuple[bool, list[Seen]]:
-        """(whether the layer sees everything, its part of the prefix)."""
-        window = self.config.window(index)
-        if self.prefix is None:
-            return window is None, []
-        stored = self.prefix.layers[index]
-        # Position of a key, counted back from the prefix's end.
-        back = jnp.arange(stored.keys.shape[2], dtype=jnp.int32) - stored.keys.shape[2]
-        key_positions = self.offset[..., None] + back[None, None]
-        mask = jnp.broadcast_to(
-            self.offset[..., None] > 0, (*self.positions.shape, stored.keys.shape[2])
-        )
-        if window is not None:
-            mask &= self.positions[..., None] - key_positions < window
-        return window is None, [Seen(stored, mask)]
-
-
-class _Whole:
-    """Attention of whole sequences among their own columns, for both kinds of layers."""
-
-    def __init__(self, model: Transformer, start: Int[Array, "B 1|T"], length: int) -> None:
-        self.config = model.config
-        self.start = start
-        self.kernel = attention.kernel_for(self.config, len(start), length, model.layout)
-        columns = jnp.arange(length, dtype=jnp.int32)
-        self.masks = [
-            attention.visible(start, columns, columns, window)
-            for window in (None, self.config.sliding_window)
-        ]
-
-    def attend(self, is_global: bool | Bool[Array, ""], before: Sequence[Seen] = ()) -> Attend:
-        """Attention of one layer; which kind it is may be known at run time only."""
-        return lambda query, new: (self._mix(is_global, query, new, before), new)
-
-    def _mix(
-        self, is_global: bool | Array, query: Array, new: Stored, before: Sequence[Seen]
-    ) -> Array:
-        if self.kernel is None or before:
-            own = Seen(new, _pick(is_global, *self.masks))
-            return attention.attend(query, [*before, own], self.config)
-        operands = query, new.keys, new.values, self.start
-        of_global, of_local = self._fused(None), self._fused(self.config.sliding_window)
-        if isinstance(is_global, bool):
-            return (of_global if is_global else of_local)(*operands)
-        return jax.lax.cond(is_global, of_global, of_local, *operands)
-
-    def _fused(self, window: int | None) -> Callable[..., Array]:
-        assert self.kernel is not None
-        scale, softcap = attention.scale(self.config), self.config.attention_softcap
-        return functools.partial(self.kernel, window=window, scale=scale, softcap=softcap)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,8 @@ from refine_af.sampling import CHUNK, Limits, Needs, Pack
 _TEXT_CHUNK = 16  # tokens between two looks for stop strings
 _LEAST_PLACES = 64  # of a cache
 _NO_LIMIT = 1 << 30  # tokens; more than any vocabulary has
-_SHRINK = 4  # the batch is made smaller when so many times fewer answers are left
+_SHRINK = 4  # the batch is cut to a quarter when no more answers are left, or to a quarter of that
+_PROMPT = 32  # columns of a pack for each prompt in it
 
 Progress = Callable[[int], None]  # called with the number of new tokens
 Finished = Iterator[tuple[int, Completion]]  # with the number of the request
@@ -181,9 +182,15 @@ class _Run:
         )
 
     def _places(self, answers: Sequence[Answer]) -> int:
-        """Places of a cache in which these answers can draw their next tokens."""
-        most = max(a.columns + min(self.steps, a.left) for a in answers)
-        return packing.bucket(most, _LEAST_PLACES)
+        """Places of a cache in which these answers can draw their next tokens.
+
+        Or all their tokens, where that is at most twice as many: each size is a program of its own.
+        """
+        soon, whole = (
+            packing.bucket(max(a.columns + min(a.left, most) for a in answers), _LEAST_PLACES)
+            for most in (self.steps, _NO_LIMIT)
+        )
+        return whole if whole <= 2 * soon else soon
 
     def _fit(self, answers: Sequence[Answer]) -> None:
         """Grow the cache when these answers need it, shrink it when half would do."""
@@ -248,7 +255,9 @@ class _Run:
         answers: Sequence[Answer],
     ) -> Pack:
         """Answers' prompts, which begin at these (row, column), for the sampler."""
-        size = packing.power_of_two(len(answers))
+        all_slots = packing.power_of_two(self.num_slots)
+        size = min(max(arrays[0].size // _PROMPT, 1), all_slots)
+        size = size if len(answers) <= size else all_slots
         lasts = [column + len(a.own) - 1 for (_, column), a in zip(places, answers, strict=True)]
         ids, start, offset = map(jnp.asarray, arrays)
         return Pack(
@@ -343,9 +352,11 @@ class _Run:
 
     def _shrink(self) -> None:
         """Fewer slots, when the last answers fill few of them."""
-        parts = self.engine.mesh.shape["data"]
-        wanted = -(-packing.power_of_two(len(self.live)) // parts) * parts
-        if self.queue or wanted * _SHRINK > self.num_slots:
+        parts, wanted = self.engine.mesh.shape["data"], self.num_slots
+        for _ in range(2):
+            fewer = -(-(wanted // _SHRINK) // parts) * parts
+            wanted = fewer if len(self.live) <= fewer else wanted
+        if self.queue or wanted == self.num_slots:
             return
         kept = list(self.live)
         rows = np.asarray([*kept, *[kept[0]] * (wanted - len(kept))], np.int32)

@@ -13,6 +13,7 @@ from refine_af.requests import TokenIds
 
 _PREFIX_STEP = 64  # lengths of a shared beginning, so that few programs are compiled
 _LEAST_SAVED = 512  # prompt tokens that a shared beginning must save
+_LEAST_ROW = 64  # columns of a row of packed prompts
 
 
 def bucket(size: int, least: int = 16) -> int:
@@ -54,15 +55,16 @@ class Rows:
     """Texts packed into rows of `length` columns; equal texts share their columns."""
 
     length: int
+    most: int  # rows
     used: list[int] = dataclasses.field(default_factory=list)  # columns of each row
     places: dict[tuple[TokenIds, int], tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, first column of each token's text, its offset), int32 [R, T]; R a power of two.
+        """(ids, first column of each token's text, its offset), int32 [R, T]; R is 1 or `most`.
 
         Columns that no text uses belong to the last text of their row, and come after it.
         """
-        shape = power_of_two(len(self.used)), self.length
+        shape = 1 if len(self.used) == 1 else self.most, self.length
         ids, start, offset = (np.zeros(shape, np.int32) for _ in range(3))
         for (text, before), (row, first) in sorted(self.places.items(), key=lambda x: x[1]):
             ids[row, first : first + len(text)] = text
@@ -74,22 +76,28 @@ class Rows:
 def pack(texts: Sequence[tuple[TokenIds, int]], max_tokens: int) -> tuple[Rows, int]:
     """(rows, number of texts in them): as many of the first texts as `max_tokens` columns hold.
 
-    First fit, longest text first.
+    First fit, longest text first. So that few programs are compiled, rows have a power of two of
+    columns, and there is one of them or as many as these tokens allow; less than half as many
+    are rather read one by one.
 
     Args:
         texts: (ids, tokens of a shared prefix before them); none is longer than `max_tokens`.
     """
-    best, count = _fit(texts[:1]), 1
+    best, count = _fit(texts[:1], max_tokens), 1
     while count < len(texts):
-        rows = _fit(texts[: count + 1])
-        if power_of_two(len(rows.used)) * rows.length > max_tokens:
+        rows = _fit(texts[: count + 1], max_tokens)
+        if len(rows.used) > rows.most:
             break
         best, count = rows, count + 1
+    if 1 < len(best.used) <= best.most // 2:
+        return pack(texts[:count], best.length)
     return best, count
 
 
-def _fit(texts: Sequence[tuple[TokenIds, int]]) -> Rows:
-    rows = Rows(bucket(max(len(ids) for ids, _ in texts)))
+def _fit(texts: Sequence[tuple[TokenIds, int]], max_tokens: int) -> Rows:
+    longest = max(len(ids) for ids, _ in texts)
+    length = min(max(power_of_two(longest), _LEAST_ROW), max_tokens)
+    rows = Rows(length, max(max_tokens // length, 1))
     for text in sorted(set(texts), key=lambda text: (-len(text[0]), text)):
         size = len(text[0])
         row = next((r for r, used in enumerate(rows.used) if used + size <= rows.length), None)
