@@ -60,7 +60,7 @@ def get_config() -> Experiment:
             kl_coef=0.02,
             checkpoint_every=4,
             num_eval_prompts=16,
-            eval_every=5,
+            eval_every=8,
             lora=Lora(),
             sampling=Sampling(temperature=1.0, max_new_tokens=64, stop=("\n\n", "\nTask:")),
         ),

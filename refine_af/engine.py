@@ -234,7 +234,9 @@ class _Run:
             rows, count = packing.pack([(a.own, a.offset) for a in short], most)
             answers = short[:count]
             pack = self._pack(
-                rows.arrays(), [rows.places[a.own, a.offset] for a in answers], answers
+                rows.arrays(1 if len(rows.used) == 1 else rows.most(most)),
+                [rows.places[a.own, a.offset] for a in answers],
+                answers,
             )
         slots = _repeated(free[: len(answers)], np.int32, pack.row.shape[0])
         pack = pack._replace(slot=slots)

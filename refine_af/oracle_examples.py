@@ -174,25 +174,13 @@ def batches(
 
 
 def _fit(groups: Sequence[Sequence[Encoded]], length: int) -> Rows:
-    """First fit, longest text first."""
-    rows = Rows(length)
-    texts = {ids for group in groups for ids, _ in group}
-    for ids in sorted(texts, key=lambda ids: (-len(ids), ids)):
-        row = next((r for r, used in enumerate(rows.used) if used + len(ids) <= length), None)
-        if row is None:
-            row = len(rows.used)
-            rows.used.append(0)
-        rows.places[ids, 0] = row, rows.used[row]
-        rows.used[row] += len(ids)
-    return rows
+    return packing.first_fit([(ids, 0) for group in groups for ids, _ in group], length)
 
 
 def _batch(
     groups: Sequence[Sequence[Encoded]], packed: Rows, num_rows: int, num_texts: int
 ) -> Batch:
-    tokens, start, _ = packed.arrays()
-    extra = ((0, max(num_rows - len(tokens), 0)), (0, 0))
-    tokens, start = (np.pad(x, extra)[:num_rows] for x in (tokens, start))
+    tokens, start, _ = packed.arrays(num_rows)
     rows, columns = (np.zeros(num_texts, np.int32) for _ in range(2))
     labels = np.full((num_texts, len(CLEAN)), np.nan, np.float32)
     better, worse = (np.zeros(num_texts, np.int32) for _ in range(2))

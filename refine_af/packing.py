@@ -3,7 +3,7 @@
 import dataclasses
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,16 +55,19 @@ class Rows:
     """Texts packed into rows of `length` columns; equal texts share their columns."""
 
     length: int
-    most: int  # rows
     used: list[int] = dataclasses.field(default_factory=list)  # columns of each row
     places: dict[tuple[TokenIds, int], tuple[int, int]] = dataclasses.field(default_factory=dict)
 
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, first column of each token's text, its offset), int32 [R, T]; R is 1 or `most`.
+    def most(self, max_tokens: int) -> int:
+        """Rows that so many columns allow."""
+        return max(max_tokens // self.length, 1)
+
+    def arrays(self, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, first column of each token's text, its offset), int32 [num_rows, length].
 
         Columns that no text uses belong to the last text of their row, and come after it.
         """
-        shape = 1 if len(self.used) == 1 else self.most, self.length
+        shape = num_rows, self.length
         ids, start, offset = (np.zeros(shape, np.int32) for _ in range(3))
         for (text, before), (row, first) in sorted(self.places.items(), key=lambda x: x[1]):
             ids[row, first : first + len(text)] = text
@@ -76,31 +79,34 @@ class Rows:
 def pack(texts: Sequence[tuple[TokenIds, int]], max_tokens: int) -> tuple[Rows, int]:
     """(rows, number of texts in them): as many of the first texts as `max_tokens` columns hold.
 
-    First fit, longest text first. So that few programs are compiled, rows have a power of two of
-    columns, and there is one of them or as many as these tokens allow; less than half as many
-    are rather read one by one.
+    So that few programs are compiled, rows have a power of two of columns, and there is one of
+    them, or more than half of what these tokens allow; fewer are rather read one by one.
 
     Args:
         texts: (ids, tokens of a shared prefix before them); none is longer than `max_tokens`.
     """
-    best, count = _fit(texts[:1], max_tokens), 1
+
+    def of(count: int) -> Rows:
+        longest = power_of_two(max(len(ids) for ids, _ in texts[:count]))
+        return first_fit(texts[:count], min(max(longest, _LEAST_ROW), max_tokens))
+
+    best, count = of(1), 1
     while count < len(texts):
-        rows = _fit(texts[: count + 1], max_tokens)
-        if len(rows.used) > rows.most:
+        rows = of(count + 1)
+        if len(rows.used) > rows.most(max_tokens):
             break
         best, count = rows, count + 1
-    if 1 < len(best.used) <= best.most // 2:
+    if 1 < len(best.used) <= best.most(max_tokens) // 2:
         return pack(texts[:count], best.length)
     return best, count
 
 
-def _fit(texts: Sequence[tuple[TokenIds, int]], max_tokens: int) -> Rows:
-    longest = max(len(ids) for ids, _ in texts)
-    length = min(max(power_of_two(longest), _LEAST_ROW), max_tokens)
-    rows = Rows(length, max(max_tokens // length, 1))
+def first_fit(texts: Iterable[tuple[TokenIds, int]], length: int) -> Rows:
+    """(ids, tokens before them) in rows of `length` columns, longest text first."""
+    rows = Rows(length)
     for text in sorted(set(texts), key=lambda text: (-len(text[0]), text)):
         size = len(text[0])
-        row = next((r for r, used in enumerate(rows.used) if used + size <= rows.length), None)
+        row = next((r for r, used in enumerate(rows.used) if used + size <= length), None)
         if row is None:
             row = len(rows.used)
             rows.used.append(0)
