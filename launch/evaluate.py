@@ -32,22 +32,18 @@ _TRACK = absl_flags.DEFINE_enum(
     "track", "default", TRACKS, "ROUGE-L of English words, or (xlingual) of GPT-2's tokens."
 )
 _OUTPUT = absl_flags.DEFINE_string(
-    "output", None, "Directory to write predictions.jsonl and evaluation.json in."
+    "output", None, "Directory for evaluation.json and, of a model, its answers."
 )
 _NUM_EXAMPLES = absl_flags.DEFINE_integer(
     "num_examples", 2, "Solved examples of its task before each question.", lower_bound=0
 )
-_FORMAT = absl_flags.DEFINE_enum(
-    "format", "raw", ["raw", "chat"], "Prompts as they are (raw) or as a user's turn (chat)."
-)
+_FORMAT = flags.format_flag()
 _BATCH_SIZE = absl_flags.DEFINE_integer(
     "batch_size", 32, "Questions answered together.", lower_bound=1
 )
-_DTYPE = absl_flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Number type of weights and arithmetic."
-)
+_DTYPE = flags.dtype_flag("float32")
 _MAX_INSTANCES = absl_flags.DEFINE_integer(
-    "max_instances", 100, "Instances of each task that count, its first.", lower_bound=1
+    "max_instances", 100, "The first of each task that count.", lower_bound=1
 )
 _MAX_NEW_TOKENS = absl_flags.DEFINE_integer(
     "max_new_tokens", 128, "Tokens of an answer at most.", lower_bound=1
@@ -55,7 +51,7 @@ _MAX_NEW_TOKENS = absl_flags.DEFINE_integer(
 _MAX_SOURCE_TOKENS = absl_flags.DEFINE_integer(
     "max_source_tokens",
     1024,
-    "Tokens of a prompt; an example that would exceed them is left out.",
+    "Tokens of a prompt; examples from the first that would exceed them are left out.",
     lower_bound=1,
 )
 _MESH = flags.mesh_flag()

@@ -157,6 +157,18 @@ def _sizes(text: str, argument: str) -> dict[str, int]:
     return {name: int(sizes.get(name, 1)) for name in names}
 
 
+def dtype_flag(default: str) -> "flags.FlagHolder[str]":
+    """`--dtype`, for programs without a config."""
+    text = "Number type of weights and arithmetic."
+    return flags.DEFINE_enum("dtype", default, ["float32", "bfloat16"], text)
+
+
+def format_flag() -> "flags.FlagHolder[str]":
+    """`--format` of prompts."""
+    text = "Prompts as they are (raw) or as a user's turn (chat)."
+    return flags.DEFINE_enum("format", "raw", ["raw", "chat"], text)
+
+
 def mesh_flag() -> "flags.FlagHolder[str]":
     """`--mesh`, for programs without a config."""
     text = "Devices by axis, such as data:2,fsdp:-1 (-1: the rest); default: all for fsdp."

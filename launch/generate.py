@@ -46,9 +46,7 @@ _AS_COMPLETED = absl_flags.DEFINE_bool(
 _FULL_LOGPROBS = absl_flags.DEFINE_bool(
     "full_logprobs", False, "Write also log-probabilities under softmax(logits / temperature)."
 )
-_FORMAT = absl_flags.DEFINE_enum(
-    "format", "raw", ["raw", "chat"], "Prompts as they are (raw) or as a user's turn (chat)."
-)
+_FORMAT = flags.format_flag()
 _TEMPERATURE = absl_flags.DEFINE_float(
     "temperature", 0.0, "Of sampling; 0 takes the likeliest token."
 )
@@ -62,25 +60,27 @@ _MIN_P = absl_flags.DEFINE_float(
     "min_p", 0.0, "Draw from tokens with at least this share of the likeliest one's probability."
 )
 _REPETITION_PENALTY = absl_flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Divides the logits of tokens that the text has; 1: off."
+    "repetition_penalty", 1.0, "Above 1: makes tokens of prompt and answer less likely; 1: off."
 )
 _MAX_NEW_TOKENS = absl_flags.DEFINE_integer("max_new_tokens", 128, "Tokens of an answer at most.")
 _NUM_SAMPLES = absl_flags.DEFINE_integer("num_samples", 1, "Answers to each prompt.", lower_bound=1)
 _SEED = absl_flags.DEFINE_integer(
     "seed", 0, "Random seed; the i-th prompt, from 0, draws with seed + i."
 )
-_DTYPE = absl_flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Number type of weights and arithmetic."
-)
+_DTYPE = flags.dtype_flag("float32")
 _BATCH_SIZE = absl_flags.DEFINE_integer(
     "batch_size", 16, "Answers written together.", lower_bound=1
 )
 _MESH = flags.mesh_flag()
 _INT8_WEIGHTS = absl_flags.DEFINE_bool(
-    "int8_weights", False, "Round the weights to int8: half the memory, log-probabilities drift."
+    "int8_weights",
+    False,
+    "Round the weights to int8: half of what bfloat16 takes; log-probabilities drift.",
 )
 _INT8_CACHE = absl_flags.DEFINE_bool(
-    "int8_cache", False, "Keep keys and values as int8: half the cache, log-probabilities drift."
+    "int8_cache",
+    False,
+    "Keep keys and values as int8: half of what bfloat16 takes; log-probabilities drift.",
 )
 
 _MOST_SAMPLES = 100_000  # of a row; each is a request in memory

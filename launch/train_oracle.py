@@ -37,7 +37,7 @@ _OUTPUT = absl_flags.DEFINE_string(
 _SEED = absl_flags.DEFINE_integer(
     "seed", 0, "Random seed of corruptions, order and the new weights."
 )
-_NUM_EPOCHS = absl_flags.DEFINE_integer("num_epochs", 2, "Passes over the training tasks.")
+_NUM_EPOCHS = absl_flags.DEFINE_integer("num_epochs", 2, "Passes over the training data.")
 _LEARNING_RATE = absl_flags.DEFINE_float(
     "learning_rate", 1e-3, "Highest learning rate, after the warm-up."
 )
@@ -53,9 +53,7 @@ _LORA_RANK = absl_flags.DEFINE_integer(
 _LORA_PATTERN = absl_flags.DEFINE_string(
     "lora_pattern", Lora.pattern, "Regular expression of the linear maps that the adapter changes."
 )
-_DTYPE = absl_flags.DEFINE_enum(
-    "dtype", "bfloat16", ["float32", "bfloat16"], "Number type of weights and arithmetic."
-)
+_DTYPE = flags.dtype_flag("bfloat16")
 _SEED_TASKS = absl_flags.DEFINE_string(
     "seed_tasks", None, "JSONL file of seed tasks; default: the bundled 175."
 )

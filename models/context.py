@@ -1,7 +1,7 @@
 """What the columns of a layer attend to: each other, a cache, a shared prefix.
 
-All of it is made once for a call of the decoder; a layer brings what it holds itself (`Held`), and
-whether it has a window. Axis letters as in `layers`.
+All of it is made once for a call of the decoder; a layer brings what it holds itself
+(`LayerState`), and whether it has a window. Axis letters as in `layers`.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from refine_af.models.cache import KVCache, Prefix, Stored, Tail
 from refine_af.models.config import ModelConfig
 
 
-class Held(NamedTuple):
+class LayerState(NamedTuple):
     """What one layer has of the columns before."""
 
     cache: Stored | None  # the one that new columns are written to
@@ -30,12 +30,14 @@ class Held(NamedTuple):
     prefix: Stored | None
 
 
-def held_by(num_layers: int, cache: KVCache | Tail | None, prefix: Prefix | None) -> list[Held]:
-    """Of every layer."""
+def layer_states(
+    num_layers: int, cache: KVCache | Tail | None, prefix: Prefix | None
+) -> list[LayerState]:
+    """What each layer holds of the cache and of the prefix; None of what is not there."""
     past, own = (cache.past, cache.recent) if isinstance(cache, Tail) else (None, cache)
     nothing = [None] * num_layers
     return [
-        Held(*of_layer)
+        LayerState(*of_layer)
         for of_layer in zip(
             *(nothing if given is None else given.layers for given in (own, past, prefix)),
             strict=True,
@@ -43,13 +45,12 @@ def held_by(num_layers: int, cache: KVCache | Tail | None, prefix: Prefix | None
     ]
 
 
-class Before:
+@dataclasses.dataclass(frozen=True)
+class SharedPrefix:
     """What columns see of a shared prefix."""
 
-    def __init__(self, positions: Int[Array, "B T"], offset: Int[Array, "B 1|T"]) -> None:
-        """See `Transformer.__call__`; `positions` of the columns in their texts."""
-        self.positions = positions
-        self.offset = offset
+    positions: Int[Array, "B T"]  # of the columns in their texts
+    offset: Int[Array, "B 1|T"]  # see `Transformer.__call__`
 
     def seen(self, window: int | None, stored: Stored | None) -> list[Seen]:
         """What layers with this window see of it."""
@@ -67,7 +68,7 @@ class Before:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cached:
+class CachedAttention:
     """Attention of new columns to a cache and themselves."""
 
     config: ModelConfig
@@ -75,7 +76,7 @@ class Cached:
     columns: Int[Array, "T"]
     cache: KVCache | Tail
 
-    def attend(self, window: int | None, held: Held, before: Sequence[Seen]) -> Attend:
+    def attend(self, window: int | None, held: LayerState, before: Sequence[Seen]) -> Attend:
         """Attention of a layer with this window."""
         start, end, seen = self.start, self.cache.end, list(before)
         if isinstance(self.cache, Tail):
@@ -95,7 +96,7 @@ class Cached:
         return attend
 
 
-class Whole:
+class SelfAttention:
     """Attention of whole sequences among their own columns, for both kinds of layers."""
 
     def __init__(
@@ -115,8 +116,8 @@ class Whole:
             for window in (None, self.config.sliding_window)
         ]
 
-    def attend(self, window: int | None, held: Held, before: Sequence[Seen]) -> Attend:
-        """Attention of a layer with this window."""
+    def attend(self, window: int | None, held: LayerState, before: Sequence[Seen]) -> Attend:
+        """Attention of a layer with this window: none, or the model's."""
         return self.of_kind(window is None, before)
 
     def of_kind(self, is_global: bool | Bool[Array, ""], before: Sequence[Seen] = ()) -> Attend:

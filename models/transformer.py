@@ -24,7 +24,7 @@ from refine_af.models import context, rotary
 from refine_af.models.block import Attend, Block
 from refine_af.models.cache import KVCache, Prefix, Stored, Tail
 from refine_af.models.config import LoraConfig, ModelConfig
-from refine_af.models.context import Held
+from refine_af.models.context import LayerState
 from refine_af.models.contraction import rows_times
 from refine_af.models.kernels import num_parts
 from refine_af.models.layers import LINEAR, Axes, Linear, RMSNorm, quantize
@@ -110,15 +110,17 @@ class Transformer(nnx.Module):
             layers = [jax.tree.map(lambda x, i=i: x[i], kept) for i in range(len(self.kinds))]
         else:
             assert not self.stacked, "decoding needs unstacked layers"
-            before = context.Before(positions, offset)
+            before = context.SharedPrefix(positions, offset)
             if cache is None:
-                attend = context.Whole(self.config, self.layout, start, tokens.shape[1]).attend
+                attend = context.SelfAttention(
+                    self.config, self.layout, start, tokens.shape[1]
+                ).attend
             else:
-                attend = context.Cached(self.config, start, columns, cache).attend
+                attend = context.CachedAttention(self.config, start, columns, cache).attend
             x, layers = self._unrolled(
                 x,
                 rotaries,
-                context.held_by(len(self.kinds), cache, prefix),
+                context.layer_states(len(self.kinds), cache, prefix),
                 lambda window, held: attend(window, held, before.seen(window, held.prefix)),
             )
         written = KVCache(tuple(layers), end + tokens.shape[1])
@@ -182,7 +184,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Array, Stored]:
         definition, stacked = nnx.split(self.layers)
         kinds = self.kinds
-        whole = context.Whole(self.config, self.layout, start, x.shape[1])
+        whole = context.SelfAttention(self.config, self.layout, start, x.shape[1])
 
         def layer(x: Array, scanned: tuple[nnx.State, Array]) -> tuple[Array, Stored]:
             params, flag = scanned
@@ -199,14 +201,18 @@ class Transformer(nnx.Module):
         self,
         x: Array,
         rotaries: tuple[Rotary, Rotary],
-        held: Sequence[Held],
-        attend: Callable[[int | None, Held], Attend],
+        held: Sequence[LayerState],
+        attend: Callable[[int | None, LayerState], Attend],
     ) -> tuple[Array, list[Stored]]:
         """Layers one by one; as functions of their own, those that are alike are traced once."""
 
         @functools.partial(jax.jit, static_argnums=(0, 1))
         def layer(
-            definition: nnx.GraphDef, window: int | None, params: nnx.State, held: Held, x: Array
+            definition: nnx.GraphDef,
+            window: int | None,
+            params: nnx.State,
+            held: LayerState,
+            x: Array,
         ) -> tuple[Array, Stored]:
             tables = context.pick(window is None, *rotaries)
             made: tuple[Array, Stored] = nnx.merge(definition, params)(

@@ -102,7 +102,7 @@ def _mean(runs: Sequence[Run]) -> Run:
         if run.name != first.name:
             arms = f"{first.name!r} and {run.name!r}"
             raise ValueError(f"{first.where} and {run.where}: {arms}, expected one arm in a mean")
-        _check_pair(first, run)
+        check_pair(first, run)
 
     def of(part: str) -> dict[str, Any]:
         names = first.scores[part]
@@ -315,10 +315,15 @@ def _check_runs(runs: Sequence[Run]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"runs to compare: {names}, expected a different NAME= for each")
     for run in runs[1:]:
-        _check_pair(runs[0], run)
+        check_pair(runs[0], run)
 
 
-def _check_pair(first: Run, second: Run) -> None:
+def check_pair(first: Run, second: Run) -> None:
+    """Whether they are of the same tasks and instances.
+
+    Raises:
+        ValueError: they are not.
+    """
     where = f"{first.where} and {second.where}"
     for part, what in (("tasks", "task"), ("categories", "category")):
         _same(first.scores[part], second.scores[part], what, where)

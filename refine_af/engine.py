@@ -31,7 +31,7 @@ _TEXT_CHUNK = 16  # tokens between two looks for stop strings
 _LEAST_PLACES = 64  # of a cache
 _NO_LIMIT = 1 << 30  # tokens; more than any vocabulary has
 _SHRINK = 4  # the batch is cut to a quarter when no more answers are left, or to a quarter of that
-_PROMPT = 32  # columns of a pack for each prompt in it
+_COLUMNS_PER_PROMPT = 32  # of a pack
 
 Progress = Callable[[int], None]  # called with the number of new tokens
 Finished = Iterator[tuple[int, Completion]]  # with the number of the request
@@ -145,7 +145,7 @@ class _Run:
         # Long ones first: what is left for the end is short.
         self.queue = collections.deque(sorted(answers, key=lambda a: -a.budget))
         self.live: dict[int, Answer] = {}  # by slot
-        self.places = self._places(list(self.queue)[:num_slots])
+        self.places, _ = self._places(list(self.queue)[:num_slots])
         self.slots = sampling.jit_empty(
             self.definition, engine.mesh, num_slots, self.places, self.num_stops, self.needs
         )
@@ -181,21 +181,21 @@ class _Run:
             free=engine.cache_budget,
         )
 
-    def _places(self, answers: Sequence[Answer]) -> int:
-        """Places of a cache in which these answers can draw their next tokens.
+    def _places(self, answers: Sequence[Answer]) -> tuple[int, int]:
+        """Places of a cache in which these answers can draw their next tokens, and all of them.
 
-        Or all their tokens, where that is at most twice as many: each size is a program of its own.
+        The first is the second where that is at most twice as much: each size is a program.
         """
         soon, whole = (
             packing.bucket(max(a.columns + min(a.left, most) for a in answers), _LEAST_PLACES)
             for most in (self.steps, _NO_LIMIT)
         )
-        return whole if whole <= 2 * soon else soon
+        return (whole if whole <= 2 * soon else soon), whole
 
     def _fit(self, answers: Sequence[Answer]) -> None:
-        """Grow the cache when these answers need it, shrink it when half would do."""
-        wanted = self._places(answers)
-        if wanted > self.places or 2 * wanted <= self.places:
+        """Grow the cache when these answers need it, shrink it when half would do to their end."""
+        wanted, whole = self._places(answers)
+        if wanted > self.places or 2 * whole <= self.places:
             self.places = wanted
             self.slots = sampling.jit_resize(self.definition, self.slots, wanted)
 
@@ -231,12 +231,11 @@ class _Run:
             scratch, pack = self._read_pieces(waiting[0])
         else:
             short = list(itertools.takewhile(lambda a: len(a.own) <= most, waiting))
-            rows, count = packing.pack([(a.own, a.offset) for a in short], most)
+            rows, num_rows, count = packing.pack([(a.own, a.offset) for a in short], most)
             answers = short[:count]
+            places = [rows.places[a.own, a.offset] for a in answers]
             pack = self._pack(
-                rows.arrays(1 if len(rows.used) == 1 else rows.most(most)),
-                [rows.places[a.own, a.offset] for a in answers],
-                answers,
+                rows.arrays(num_rows), places, answers, self._prompts(rows, num_rows, count)
             )
         slots = _repeated(free[: len(answers)], np.int32, pack.row.shape[0])
         pack = pack._replace(slot=slots)
@@ -255,11 +254,13 @@ class _Run:
         arrays: tuple[np.ndarray, np.ndarray, np.ndarray],
         places: Sequence[tuple[int, int]],
         answers: Sequence[Answer],
+        size: int,
     ) -> Pack:
-        """Answers' prompts, which begin at these (row, column), for the sampler."""
-        all_slots = packing.power_of_two(self.num_slots)
-        size = min(max(arrays[0].size // _PROMPT, 1), all_slots)
-        size = size if len(answers) <= size else all_slots
+        """Answers' prompts, which begin at these (row, column), for the sampler.
+
+        Args:
+            size: prompts that the program takes.
+        """
         lasts = [column + len(a.own) - 1 for (_, column), a in zip(places, answers, strict=True)]
         ids, start, offset = map(jnp.asarray, arrays)
         return Pack(
@@ -276,6 +277,12 @@ class _Run:
             num_prompts=jnp.int32(len(answers)),
         )
 
+    def _prompts(self, rows: packing.Rows, num_rows: int, count: int) -> int:
+        """Prompts that the program for such a pack takes: by its columns, or for all slots."""
+        all_slots = packing.power_of_two(self.num_slots)
+        usual = min(max(num_rows * rows.length // _COLUMNS_PER_PROMPT, 1), all_slots)
+        return usual if count <= usual else all_slots
+
     def _seen(self, answers: Sequence[Answer], size: int) -> Array:
         """Tokens of each prompt, for the repetition penalty."""
         vocab = self.engine.config.vocab_size if self.needs.penalised else 0
@@ -291,7 +298,7 @@ class _Run:
         padding = (len(pieces) + 1) * len(last) - len(answer.own)
         scratch = self._extend(pieces, len(pieces) + 1, padding, answer.offset)
         start, offset = (np.full((1, len(last)), x, np.int32) for x in (padding, answer.offset))
-        return scratch, self._pack((last[None], start, offset), [(0, padding)], [answer])
+        return scratch, self._pack((last[None], start, offset), [(0, padding)], [answer], 1)
 
     def _read_prefix(self, ids: TokenIds) -> Prefix:
         pieces = pieces_of(ids, self.engine.max_read)

@@ -221,14 +221,14 @@ def outline(path: Path) -> str:
     width = max(len(run.name) for run in runs.values())
     lines = []
     for run in runs.values():
-        line = "{:{}}  ROUGE-L {rougeL:7.4f}, exact match {exact_match:7.4f}".format(
-            run.name, width, **run.scores["all"]
-        )
+        scores = run.scores["all"]
+        line = f"{run.name:{width}}  ROUGE-L {scores['rougeL']:7.4f}"
+        line += f", exact match {scores['exact_match']:7.4f}"
         if base and run is not base:
+            comparison.check_pair(base, run)
             tasks = comparison.outcomes(*(comparison.by_task(r.scores) for r in (base, run)))
-            line += "; against the base model {won} tasks won, {tied} tied, {lost} lost".format(
-                **tasks
-            )
+            line += f"; against the base model {tasks['won']} tasks won, {tasks['tied']} tied, "
+            line += f"{tasks['lost']} lost"
         lines.append(line)
     return "\n".join(lines)
 

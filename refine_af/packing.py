@@ -58,13 +58,10 @@ class Rows:
     used: list[int] = dataclasses.field(default_factory=list)  # columns of each row
     places: dict[tuple[TokenIds, int], tuple[int, int]] = dataclasses.field(default_factory=dict)
 
-    def most(self, max_tokens: int) -> int:
-        """Rows that so many columns allow."""
-        return max(max_tokens // self.length, 1)
-
     def arrays(self, num_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(ids, first column of each token's text, its offset), int32 [num_rows, length].
 
+        There are at least as many rows as are used.
         Columns that no text uses belong to the last text of their row, and come after it.
         """
         shape = num_rows, self.length
@@ -76,29 +73,35 @@ class Rows:
         return ids, start, offset
 
 
-def pack(texts: Sequence[tuple[TokenIds, int]], max_tokens: int) -> tuple[Rows, int]:
-    """(rows, number of texts in them): as many of the first texts as `max_tokens` columns hold.
+def pack(texts: Sequence[tuple[TokenIds, int]], max_tokens: int) -> tuple[Rows, int, int]:
+    """Rows of as many of the first texts as `max_tokens` columns hold.
 
-    So that few programs are compiled, rows have a power of two of columns, and there is one of
-    them, or more than half of what these tokens allow; fewer are rather read one by one.
+    So that few programs are compiled, rows have a power of two of columns (or `max_tokens`), and
+    as many are read as these allow, or one: where less than half of them would be filled, only
+    the texts that fit into one are taken.
 
     Args:
         texts: (ids, tokens of a shared prefix before them); none is longer than `max_tokens`.
+
+    Returns:
+        The rows, how many are to be read, and the number of texts in them.
     """
 
-    def of(count: int) -> Rows:
+    def packed(count: int) -> Rows:
         longest = power_of_two(max(len(ids) for ids, _ in texts[:count]))
         return first_fit(texts[:count], min(max(longest, _LEAST_ROW), max_tokens))
 
-    best, count = of(1), 1
+    best, count, in_one = packed(1), 1, 1
     while count < len(texts):
-        rows = of(count + 1)
-        if len(rows.used) > rows.most(max_tokens):
+        rows = packed(count + 1)
+        if len(rows.used) * rows.length > max_tokens:
             break
         best, count = rows, count + 1
-    if 1 < len(best.used) <= best.most(max_tokens) // 2:
-        return pack(texts[:count], best.length)
-    return best, count
+        in_one = count if len(rows.used) == 1 else in_one
+    most = max_tokens // best.length
+    if len(best.used) > max(most // 2, 1):
+        return best, most, count
+    return packed(in_one), 1, in_one
 
 
 def first_fit(texts: Iterable[tuple[TokenIds, int]], length: int) -> Rows:

@@ -1,6 +1,8 @@
 """Prompts that a model's context has no room for, and a run's own scores."""
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,32 @@ def test_examples_go_before_an_input_is_cut() -> None:
 def test_a_definition_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="task1: its definition and examples leave no room in the"):
         evaluation.questions([task("Say it. " * 40)], byte_tokenizer(), OPTIONS, 150)
+
+
+def test_a_line_for_each_arm_says_what_came_out(tmp_path: Path) -> None:
+    tasks = [task(), dataclasses.replace(task(), name="task2")]
+    arms = {"base": {}, "refine_af": {"long": "x", "short": "x"}}
+    evaluation.write_scores_of(arms, tasks, tmp_path / "evaluation.json")
+    assert evaluation.outline(tmp_path / "evaluation.json").splitlines() == [
+        "base model  ROUGE-L  0.0000, exact match  0.0000",
+        "REFINE-AF   ROUGE-L 100.0000, exact match 100.0000; against the base model 2 tasks won, "
+        "0 tied, 0 lost",
+    ]
+    evaluation.write_scores_of({"other": {}}, tasks, tmp_path / "evaluation.json")
+    assert evaluation.outline(tmp_path / "evaluation.json") == (
+        "other  ROUGE-L  0.0000, exact match  0.0000"
+    )
+
+
+def test_arms_of_different_tasks_are_not_set_side_by_side(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation.json"
+    found = evaluation.write_scores_of({"base": {}, "refine_af": {}}, [task()], path)
+    del found["arms"]["refine_af"]["tasks"]["task1"]
+    found["arms"]["refine_af"]["tasks"]["task2"] = found["arms"]["base"]["tasks"]["task1"]
+    del found["instances"]
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        evaluation.outline(path)
 
 
 @pytest.mark.parametrize("what", ["--predictions=rows.jsonl", "--model=random:tiny"])
