@@ -45,7 +45,7 @@ STAGES = (
 def test_a_run_leaves_every_file(undisturbed: Done) -> None:
     workdir, ended = undisturbed
     *scores, last = ended.out.splitlines()
-    assert [line.split("  ")[0] for line in scores] == ["base model", "REFINE-AF "]
+    assert [line.split("  ")[0] for line in scores] == ["base model", "REFINE-AF"]
     assert last == f"report: {workdir / 'report.html'}"
     assert "Traceback" not in ended.err
     names = {str(p.relative_to(workdir)) for p in workdir.rglob("*") if p.is_file()}
