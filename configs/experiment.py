@@ -21,9 +21,7 @@ def get_config() -> Experiment:
         instructions=dataclasses.replace(
             demo.instructions, num_instructions=500, max_batches=60, batch_size=32
         ),
-        ppo=dataclasses.replace(
-            demo.ppo, num_steps=16, learning_rate=3e-4, num_eval_prompts=32, remat="full"
-        ),
+        ppo=dataclasses.replace(demo.ppo, num_eval_prompts=32, remat="full"),
         instances=dataclasses.replace(demo.instances, batch_size=48, answers_per_instruction=1),
         sft=dataclasses.replace(demo.sft, num_epochs=1),
         evaluation=dataclasses.replace(demo.evaluation, max_instances=100, max_new_tokens=64),

@@ -49,13 +49,13 @@ def get_config() -> Experiment:
             oracle="trained:smollm2-135m-instruct", rew=0.2, und=0.3, nat=0.3, coh=0.5, bias=0.0
         ),
         ppo=Ppo(
-            num_steps=12,
+            num_steps=16,
             batch_size=32,
             num_epochs=1,
             num_minibatches=4,
             num_microbatches=1,
             remat="cheap",
-            learning_rate=4e-4,
+            learning_rate=3e-4,
             warmup_steps=2,
             kl_coef=0.02,
             checkpoint_every=4,
