@@ -9,11 +9,7 @@ from refine_af.launch import flags
 from refine_af.models import convert, sources
 from refine_af.progress import bar
 
-_SOURCE = absl_flags.DEFINE_string(
-    "source",
-    None,
-    flags.MODEL_HELP,
-)
+_SOURCE = absl_flags.DEFINE_string("source", None, flags.MODEL_HELP)
 _TARGET = absl_flags.DEFINE_string("target", None, "Directory to write; the source says its kind.")
 _DTYPE = absl_flags.DEFINE_enum(
     "dtype",

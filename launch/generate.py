@@ -22,11 +22,7 @@ from refine_af.models.transformer import Params
 from refine_af.progress import bar
 from refine_af.requests import Completion, Request
 
-_MODEL = absl_flags.DEFINE_string(
-    "model",
-    None,
-    flags.MODEL_HELP,
-)
+_MODEL = absl_flags.DEFINE_string("model", None, flags.MODEL_HELP)
 _ADAPTER = absl_flags.DEFINE_string(
     "adapter", None, "LoRA adapter of the model, a directory in PEFT's format."
 )

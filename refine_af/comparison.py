@@ -319,10 +319,10 @@ def _check_runs(runs: Sequence[Run]) -> None:
 
 
 def check_pair(first: Run, second: Run) -> None:
-    """Whether they are of the same tasks and instances.
+    """Refuse runs that are not of the same tasks and instances.
 
     Raises:
-        ValueError: they are not.
+        ValueError: with the first difference.
     """
     where = f"{first.where} and {second.where}"
     for part, what in (("tasks", "task"), ("categories", "category")):
