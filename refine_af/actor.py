@@ -51,11 +51,16 @@ class Answers(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Actor:
-    """Samples and scores with a run's options."""
+    """Samples and scores with a run's options.
+
+    Attributes:
+        longest_prompt: of all that will be asked, in tokens: rollouts share their programs.
+    """
 
     config: Experiment
     base: BaseModel
     oracle: rewards.Oracle
+    longest_prompt: int
 
     def sample(
         self, params: Params, batch: Batch, rollout: int = -1, progress: bar | None = None
@@ -69,7 +74,10 @@ class Actor:
         options = self.config.ppo
         int8 = options.int8_weights
         engine = self.base.engine(
-            options.batch_size, int8_weights=int8, int8_cache=options.int8_cache
+            options.batch_size,
+            int8_weights=int8,
+            int8_cache=options.int8_cache,
+            usual_length=self.longest_prompt + options.sampling.max_new_tokens,
         )
         weights = Policy(self.base, options).for_sampling(params, int8_weights=int8)
 

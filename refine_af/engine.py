@@ -9,7 +9,7 @@ strings, which are a matter of text, on the host between two such loops.
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -46,6 +46,7 @@ class Engine:
         num_slots: answers that are written at the same time, at most.
         max_read: prompt tokens that are read in one go.
         cache_budget: bytes that caches may take on a device; None: what is free.
+        usual_length: tokens of the longest text of many calls, whose caches then have one size.
     """
 
     config: ModelConfig
@@ -55,6 +56,7 @@ class Engine:
     num_slots: int
     max_read: int = 512
     cache_budget: int | None = None
+    usual_length: int = 0
 
     def generate(
         self,
@@ -174,7 +176,7 @@ class _Run:
             engine.config,
             engine.mesh,
             wanted=-(-wanted // parts) * parts,
-            length=packing.bucket(max(len(a.own) + a.budget for a in answers), _LEAST_PLACES),
+            length=max(_bucket(len(a.own) + a.budget for a in answers), self._usual_places),
             tail_length=CHUNK,
             prefix_length=prefix_length,
             scratch_length=self._room(longest) if longest > engine.max_read or prefix_length else 0,
@@ -182,20 +184,25 @@ class _Run:
         )
 
     def _places(self, answers: Sequence[Answer]) -> tuple[int, int]:
-        """Places of a cache in which these answers can draw their next tokens, and all of them.
+        """Places of a cache for these answers' next tokens, and places for all of their tokens.
 
-        The first is the second where that is at most twice as much: each size is a program.
+        So that few sizes occur, each of which is a program, the first are those of all tokens, or
+        of the usual texts, where that is at most twice what the next tokens take.
         """
         soon, whole = (
-            packing.bucket(max(a.columns + min(a.left, most) for a in answers), _LEAST_PLACES)
+            _bucket(a.columns + min(a.left, most) for a in answers)
             for most in (self.steps, _NO_LIMIT)
         )
-        return (whole if whole <= 2 * soon else soon), whole
+        return max(n for n in (soon, whole, self._usual_places) if n <= 2 * soon), whole
+
+    @property
+    def _usual_places(self) -> int:
+        return _bucket([self.engine.usual_length])
 
     def _fit(self, answers: Sequence[Answer]) -> None:
         """Grow the cache when these answers need it, shrink it when half would do to their end."""
         wanted, whole = self._places(answers)
-        if wanted > self.places or 2 * whole <= self.places:
+        if wanted > self.places or 2 * max(wanted, whole) <= self.places:
             self.places = wanted
             self.slots = sampling.jit_resize(self.definition, self.slots, wanted)
 
@@ -375,6 +382,11 @@ class _Run:
     def _count(self, new: int) -> None:
         if self.progress:
             self.progress(new)
+
+
+def _bucket(lengths: Iterable[int]) -> int:
+    """Places for the longest of these."""
+    return packing.bucket(max(lengths), _LEAST_PLACES)
 
 
 def pieces_of(ids: TokenIds, size: int) -> list[np.ndarray]:

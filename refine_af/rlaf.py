@@ -118,11 +118,15 @@ class RlafStage:
 
     @functools.cached_property
     def _actor(self) -> Actor:
-        return Actor(self.config, self.base, self.oracle)
+        return Actor(self.config, self.base, self.oracle, self._longest_prompt)
 
     @functools.cached_property
     def _learner(self) -> Learner:
-        return Learner(self.config, self.base, self._prompter.longest())
+        return Learner(self.config, self.base, self._longest_prompt)
+
+    @functools.cached_property
+    def _longest_prompt(self) -> int:
+        return self._prompter.longest()
 
     def _train(
         self,

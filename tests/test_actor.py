@@ -25,7 +25,7 @@ def test_answers_that_are_of_no_use_get_the_floor(floor: str, asked: int) -> Non
     reward = dataclasses.replace(CONFIG.reward, floor=floor, unparsable=-3.0)
     prompts = dataclasses.replace(CONFIG.prompts, accept_unmarked_output=False)
     config = dataclasses.replace(CONFIG, reward=reward, prompts=prompts)
-    actor = Actor(config, base(), lambda examples: {"reward": np.ones(len(examples))})
+    actor = Actor(config, base(), lambda examples: {"reward": np.ones(len(examples))}, 9)
     completions = [Completion(text, (5, 6), (0.0, 0.0), (0.0, 0.0), "stop") for text in TEXTS]
     answers = actor.judge(Batch([], ["Do it."] * 5), completions)
     rewards = [judgement.reward for judgement in answers.judgements]

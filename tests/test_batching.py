@@ -82,6 +82,21 @@ def alone(name: str, requests: list[Request]) -> list[Completion]:
         return [one.generate(params_of(name), [request])[0] for request in requests]
 
 
+def decoded(
+    engine: engine_module.Engine, requests: list[Request]
+) -> tuple[list[tuple[int, int]], list[Completion]]:
+    """((slots, places of the cache) of each loop of decoding, completions)."""
+    sizes, decode = [], sampling.jit_decode
+
+    def spy(definition: Any, params: Any, slots: sampling.Slots, *rest: Any) -> Any:
+        sizes.append((slots.token.shape[0], slots.cache.layers[0].keys.shape[2]))
+        return decode(definition, params, slots, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "jit_decode", spy)
+        return sizes, engine.generate(params_of("global"), requests)
+
+
 def assert_same(actual: list[Completion], expected: list[Completion]) -> None:
     for ours, theirs in zip(actual, expected, strict=True):
         assert dataclasses.replace(ours, logprobs=(), full_logprobs=()) == dataclasses.replace(
@@ -140,16 +155,7 @@ def test_a_grown_cache_and_a_smaller_batch_change_no_token() -> None:
         Request(r.prompt_ids, Sampling(temperature=1.0, max_new_tokens=n), seed=i)
         for i, (r, n) in enumerate(zip(random_requests(0, 8, 0), lengths, strict=True))
     ]
-    sizes: list[tuple[int, int]] = []
-    decode = sampling.jit_decode
-
-    def spy(definition: Any, params: Any, slots: sampling.Slots, *rest: Any) -> Any:
-        sizes.append((slots.token.shape[0], slots.cache.layers[0].keys.shape[2]))
-        return decode(definition, params, slots, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "jit_decode", spy)
-        mixed = engine_of("global", 8, eos_ids=()).generate(params_of("global"), requests)
+    sizes, mixed = decoded(engine_of("global", 8, eos_ids=()), requests)
     one = engine_of("global", 1, eos_ids=())
     assert_same(mixed, [one.generate(params_of("global"), [r])[0] for r in requests])
     assert [rows for rows, _ in itertools.groupby(size for size, _ in sizes)] == [8, 2]
@@ -244,23 +250,28 @@ def test_layers_of_one_kind_are_traced_once(
     assert len(traced) == kinds < MODELS[model].num_layers
 
 
+def until(*ends: tuple[int, int]) -> list[Request]:
+    """Requests of so many prompt tokens and new ones."""
+    options = [(size, Sampling(temperature=1.0, max_new_tokens=count)) for size, count in ends]
+    return [Request((5,) * size, each, seed=size) for size, each in options]
+
+
 def test_a_cache_has_room_for_the_end_where_that_is_near() -> None:
     """One size of it, where it would have grown twice; and no change when an answer stops early."""
-    sizes = set()
-    decode = sampling.jit_decode
+    sizes, _ = decoded(engine_of("global", 2, eos_ids=()), until((40, 150), (60, 33)))
+    assert set(sizes) == {(2, 192)}
 
-    def spy(definition: Any, params: Any, slots: sampling.Slots, *rest: Any) -> Any:
-        sizes.add((slots.token.shape[0], slots.cache.layers[0].keys.shape[2]))
-        return decode(definition, params, slots, *rest)
 
-    requests = [
-        Request((5,) * size, Sampling(temperature=1.0, max_new_tokens=count), seed=size)
-        for size, count in ((40, 150), (60, 33))
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "jit_decode", spy)
-        engine_of("global", 2, eos_ids=()).generate(params_of("global"), requests)
-    assert sizes == {(2, 192)}
+def test_calls_with_a_usual_length_share_a_cache_size() -> None:
+    """But not where it is more than twice what they need."""
+    short, longer = until((20, 30), (30, 20)), until((60, 60), (90, 20))
+    found = {}
+    for usual in (0, 100, 129):
+        engine = dataclasses.replace(engine_of("global", 2, eos_ids=()), usual_length=usual)
+        found[usual] = [decoded(engine, requests) for requests in (short, longer)]
+    places = {usual: [{n for _, n in sizes} for sizes, _ in each] for usual, each in found.items()}
+    assert places == {0: [{64}, {128}], 100: [{128}, {128}], 129: [{64}, {192}]}
+    assert_same(found[100][0][1], found[0][0][1])
 
 
 def test_programs_are_few_and_reused() -> None:
