@@ -82,7 +82,8 @@ def selected() -> list[str]:
     Raises:
         ValueError: a suite or a case is not known.
     """
-    known = [case for cases, _ in SUITES.values() for case in cases]
+    chosen = SUITES if _ALL in _SUITE.value else [s for s in SUITES if s in _SUITE.value]
+    known = [case for suite in chosen for case in SUITES[suite][0]]
     for flag, wanted, options in (
         ("suite", _SUITE.value, [*SUITES, _ALL]),
         ("cases", _CASES.value or [], known),
@@ -127,6 +128,9 @@ def main() -> None:
     )
     (limits, environment), _ = benchmarks.in_process(benchmarks.environment, _DTYPE.value)
     cases = cases_of(suites, _CASES.value or [], environment["backend"])
+    if _LARGE in cases and environment["backend"] == "cpu" and not _MODEL.value:
+        needs = f"{_LARGE_MODEL} needs a GPU or a TPU, and this is a CPU; name a smaller --model"
+        raise ValueError(f"--suite={_LARGE}: {needs}")
     print(json.dumps(environment, indent=1))
     print("  ".join(_COLUMNS), flush=True)
     found: list[Row] = []

@@ -13,6 +13,7 @@ from absl import flags as absl_flags
 
 from refine_af import abstract_run, compilation
 from refine_af.compilation import GIB, Figures, TooLargeError
+from refine_af.config import Experiment
 from refine_af.launch import flags
 
 _TOPOLOGY = absl_flags.DEFINE_string("topology", "local", "TPU slice, GPUs, or local.")
@@ -32,9 +33,11 @@ _WIDEST_SHAPE = 60  # characters
 def main() -> None:
     """Compile, print, and exit 1 where something does not fit."""
     unknown = [name for name in _PROGRAM.value if name not in abstract_run.KINDS]
-    if unknown:
-        raise ValueError(f"--program={unknown[0]}: expected some of {list(abstract_run.KINDS)}")
-    run = abstract_run.abstract_run(flags.experiment(), _TOPOLOGY.value, _PROMPT.value)
+    if unknown or not _PROGRAM.value:
+        given = ",".join(unknown)
+        raise ValueError(f"--program={given}: expected some of {list(abstract_run.KINDS)}")
+    config = flags.experiment()
+    run = abstract_run.abstract_run(config, _TOPOLOGY.value, _PROMPT.value)
     if _SHARDING.value:
         print("\n".join(compilation.sharding_table(run)))
     if run.base.mesh.devices.flat[0].platform == "gpu" and _TOPOLOGY.value != "local":
@@ -45,16 +48,17 @@ def main() -> None:
             try:
                 figures = compilation.compiled(program, run.base)
             except TooLargeError as error:
-                print(f"{program.name}: does not fit: {error}; {compilation.remedy(program.name)}")
+                what = compilation.remedy(program.name, config)
+                print(f"{program.name}: does not fit: {error}; {what}")
                 fits = False
             else:
-                _show(figures)
+                _show(figures, config)
                 fits &= figures.fits
     if not fits:
         sys.exit(1)
 
 
-def _show(figures: Figures) -> None:
+def _show(figures: Figures, config: Experiment) -> None:
     """Print the figures of a program."""
     print(f"{figures.program}: compiled in {figures.seconds:.0f} s; on each device")
     parts = ("arguments", "outputs", "temporaries", "aliased", "resident")
@@ -78,7 +82,7 @@ def _show(figures: Figures) -> None:
     for warning in figures.warnings:
         print(f"  warning: {warning}")
     if not figures.fits:
-        print(f"  does not fit: {compilation.shortage(figures)}")
+        print(f"  does not fit: {compilation.shortage(figures, config)}")
 
 
 if __name__ == "__main__":

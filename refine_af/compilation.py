@@ -11,6 +11,7 @@ from refine_af import flops, hlo, logprobs, memory
 from refine_af import mesh as mesh_lib
 from refine_af.abstract_run import SAMPLING, Program, Run, Tree, bytes_on_device
 from refine_af.base_model import BaseModel
+from refine_af.config import Experiment
 from refine_af.hlo import Collective
 from refine_af.models import weights
 from refine_af.models.one_line import one_line
@@ -179,7 +180,7 @@ def _whole_heads(program: Program, base: BaseModel) -> list[str]:
     return [found] if found and program.name in SAMPLING else []
 
 
-def shortage(figures: Figures) -> str:
+def shortage(figures: Figures, config: Experiment) -> str:
     """By how much a program does not fit, and what to change of the larger part of it.
 
     Temporaries include gradients, which are as large as what is trained.
@@ -187,32 +188,33 @@ def shortage(figures: Figures) -> str:
     over = (figures.total - SHARE * figures.memory) / GIB
     held = figures.temporaries < figures.arguments + figures.resident + figures.aliased
     more = "use more devices, or more of them for mesh.fsdp and mesh.tensor"
-    what = more if held and figures.program not in SAMPLING else remedy(figures.program)
+    sampling = figures.program in SAMPLING
+    what = more if held and not sampling else remedy(figures.program, config)
     return f"{over:.1f} GiB too much for {SHARE:.0%} of the memory; {what}"
 
 
-def remedy(program: str) -> str:
-    """What makes a program smaller on a device."""
+def remedy(program: str, config: Experiment) -> str:
+    """What makes a program smaller on a device, with what it is now."""
+    section, fields = "sft" if program == "sft" else "ppo", ["num_microbatches", "remat"]
     if program in SAMPLING:
-        return "lower ppo.batch_size, set ppo.int8_cache, or use more devices"
-    if program == "read":
-        return "raise ppo.num_microbatches, or use more devices"
-    if program == "score":
-        return "lower ppo.batch_size, or use more devices"
-    name = "sft" if program == "sft" else "ppo"
-    return f"raise {name}.num_microbatches, set {name}.remat=full, or use more devices"
+        fields = ["batch_size", "int8_cache"]
+    elif program == "read":
+        fields = ["num_microbatches"]
+    elif program == "score":
+        fields = ["batch_size"]
+    return ", ".join([*memory.levers(section, config, fields), "or use more devices"])
 
 
 def sharding_table(run: Run) -> list[str]:
-    """A line for each parameter, of the base model and what PPO trains, and one for all of them.
-
-    Path, shape, layout, MiB on a device.
-    """
+    """A line for each parameter, of the base model and what PPO trains, and one for all of them."""
     trained = {"ppo": run.ppo_state().params}
     leaves = [*weights.flat(run.base.params), *weights.flat(trained)]
     lines = [(path, list(x.shape), x.sharding.spec, bytes_on_device(x)) for path, x in leaves]
     total = sum(size for *_, size in lines)
-    return [
-        f"{path:48} {shape!s:24} {spec!s:40} {size / 2**20:10.2f}"
+    rows = [("parameter", "shape", "layout", "MiB a device")]
+    rows += [
+        (path, str(shape), str(spec), f"{size / 2**20:.2f}")
         for path, shape, spec, size in [*lines, ("all", "", "", total)]
     ]
+    first, second, third, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return [f"{a:{first}} {b:{second}} {c:{third}} {d:>12}" for a, b, c, d in rows]

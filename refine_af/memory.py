@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -141,23 +142,27 @@ _SECTIONS = {
 def ran_out(error: Exception) -> bool:
     """Whether it says that a device or the host has no memory left."""
     of_jax = isinstance(error, jax.errors.JaxRuntimeError)
-    return isinstance(error, MemoryError) or (of_jax and "RESOURCE_EXHAUSTED" in str(error))
+    said = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    return isinstance(error, MemoryError) or (of_jax and said)
+
+
+def levers(section: str, config: Experiment, fields: Iterable[str] = tuple(_LEVERS)) -> list[str]:
+    """What to change in a section for less memory, of these fields, each with what it is now."""
+    values = dataclasses.asdict(getattr(config, section))
+    return [
+        f"{_LEVERS[field].format(f'{section}.{field}')} (now {values[field]})"
+        for field in fields
+        if field in values and values[field] != "full" and values[field] is not True
+    ]
 
 
 def advice(stage: str, config: Experiment, error: Exception) -> str:
     """One line for a stage that ran out of memory: how much was asked for, what to change."""
-    name = _SECTIONS[stage]
-    values = dataclasses.asdict(getattr(config, name))
-    levers = {
-        f"{name}.{field}": lever
-        for field, lever in _LEVERS.items()
-        if field in values and values[field] != "full" and values[field] is not True
-    }
-    figures = {f"{name}.{field}": value for field, value in values.items()}
-    if "sampling" in values:
-        levers[f"{name}.sampling.max_new_tokens"] = "lower {}"
-        figures[f"{name}.sampling.max_new_tokens"] = values["sampling"]["max_new_tokens"]
-    levers["mesh.fsdp"], figures["mesh.fsdp"] = "raise {}", config.mesh.fsdp
+    section = _SECTIONS[stage]
+    found, sampling = levers(section, config), getattr(getattr(config, section), "sampling", None)
+    if sampling:
+        name = f"{section}.sampling.max_new_tokens"
+        found.append(f"lower {name} (now {sampling.max_new_tokens})")
+    found.append(f"raise mesh.fsdp (now {config.mesh.fsdp})")
     reason = str(error).strip().partition("\n")[0][:200]
-    advice = ", ".join(f"{text.format(at)} (now {figures[at]})" for at, text in levers.items())
-    return f"{stage}: out of memory ({reason}): {advice}"
+    return f"{stage}: out of memory ({reason}): {', '.join(found)}"

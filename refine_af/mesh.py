@@ -48,13 +48,14 @@ def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.
     devices = devices if devices is not None else jax.devices()
     sizes = [config.data, config.fsdp, config.sequence, config.tensor]
     named = " ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+    remedy = "give one axis as -1 to take the rest"
     if sizes.count(-1) == 1 and all(size > 0 or size == -1 for size in sizes):
         known = int(np.prod([size for size in sizes if size != -1]))
         sizes[sizes.index(-1)] = len(devices) // known
+        remedy = f"the axes that are given multiply to {known}, which does not divide it"
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         raise ValueError(
-            f"mesh {named}: the product must be the number of devices, {len(devices)}; "
-            "give one axis as -1 to take the rest"
+            f"mesh {named}: the product must be the number of devices, {len(devices)}; {remedy}"
         )
     auto = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes), AXES, auto, devices=devices)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from refine_af.models import processes
 
@@ -28,6 +29,12 @@ class Profile:
     def over(self, steps: range) -> Generator[int, None, None]:
         """The same steps; those to trace run inside a trace, which ends when they are left, too."""
         first = steps[_FIRST : _FIRST + self.num_steps]
+        if self.num_steps and not first:
+            logging.warning(
+                "nothing is traced: %d steps are left, and the first %d of a start compile",
+                len(steps),
+                _FIRST,
+            )
         with ExitStack() as stack:
             for step in steps:
                 if first and step == first[0]:

@@ -27,6 +27,8 @@ _NO_DEVICE = {
 
 # Device kinds by their name in a topology.
 _GPUS = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
+_MOST_GPUS = 8  # of a host
+_EXPECTED = "local, a slice such as v5e:4x4, v5p:2x2x2, v6e:2x4, or GPUs such as h100:8, h200:1"
 
 # Both have 132 multiprocessors (NVIDIA H100 Tensor Core GPU Architecture, table 3; H200 data
 # sheet); the rest is what a program may use of one (CUDA C++ programming guide, compute
@@ -73,7 +75,14 @@ def devices(topology: str) -> Sequence[Any]:
         return jax.devices()
     for name, value in _NO_DEVICE.items():
         os.environ.setdefault(name, value)
-    gpu = re.fullmatch(rf"({'|'.join(_GPUS)}):([1-8])", topology)
+    gpu = re.fullmatch(rf"({'|'.join(_GPUS)}):(\d+)", topology)
+    if gpu and not 1 <= int(gpu[2]) <= _MOST_GPUS:
+        raise ValueError(
+            f"--topology={topology}: a host has 1 to {_MOST_GPUS} GPUs; of several hosts check "
+            "one, with its part of the batch"
+        )
+    if not gpu and not re.fullmatch(r"v\d+[a-z]*:\d+(x\d+)+", topology):
+        raise ValueError(f"--topology={topology}: expected {_EXPECTED}")
     try:
         if gpu:
             asked = {"target_config": _hopper(_GPUS[gpu[1]]), "topology": f"1x1x{gpu[2]}"}
@@ -88,9 +97,8 @@ def devices(topology: str) -> Sequence[Any]:
     except Exception as error:
         reason = str(error).strip().partition("\n")[0][:120]
         raise ValueError(
-            f"--topology={topology}: {reason}; expected local, a slice such as v5e:4x4, v5p:2x2x2, "
-            "v6e:2x4, or GPUs such as h100:8, h200:1; the compilers come with pip install -e "
-            "'.[tpu]' and '.[cuda]'"
+            f"--topology={topology}: {reason}; expected {_EXPECTED}; the compilers come with "
+            "pip install -e '.[tpu]' and '.[cuda]'"
         ) from None
     made: list[Any] = list(found.devices)
     kind = made[0].device_kind

@@ -140,6 +140,12 @@ def test_an_unknown_name_is_refused(flag: str) -> None:
     assert run.stderr.startswith(f"error: --{flag}=nonsense: expected some of [")
 
 
+def test_a_large_model_is_refused_on_a_cpu() -> None:
+    run = program("--suite=large")
+    assert run.returncode == 2
+    assert run.stderr.endswith("needs a GPU or a TPU, and this is a CPU; name a smaller --model\n")
+
+
 def test_the_novelty_benchmark_compares_equal_decisions() -> None:
     """Its instructions are of both kinds; the reference is rouge-score itself."""
     ours, decisions = benchmark_novelty.decisions(120, 0)

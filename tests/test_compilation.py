@@ -183,7 +183,8 @@ def test_what_looks_wrong_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_of_shardings_adds_up() -> None:
     run = abstract_run.abstract_run(CONFIG, "local", 40)
-    *lines, total = compilation.sharding_table(run)
+    header, *lines, total = compilation.sharding_table(run)
+    assert header.endswith("MiB a device")
     assert any(line.startswith("ppo/value_head") for line in lines)
     assert any(line.startswith("ppo/policy/adapter/layers/attention/q") for line in lines)
     sizes = [float(line.split()[-1]) for line in lines]
@@ -265,16 +266,19 @@ def test_what_does_not_fit_and_what_to_do() -> None:
     assert figures().fits
     crowded = figures(temporaries=12 * GIB)
     assert not crowded.fits
-    assert compilation.shortage(crowded) == (
-        "2.6 GiB too much for 90% of the memory; raise ppo.num_microbatches, set ppo.remat=full, "
-        "or use more devices"
+    cheap = dataclasses.replace(CONFIG, ppo=dataclasses.replace(CONFIG.ppo, remat="cheap"))
+    assert compilation.shortage(crowded, cheap) == (
+        "2.6 GiB too much for 90% of the memory; raise ppo.num_microbatches (now 2), "
+        "set ppo.remat=full (now cheap), or use more devices"
     )
+    full = dataclasses.replace(CONFIG, ppo=dataclasses.replace(CONFIG.ppo, remat="full"))
+    assert "remat" not in compilation.shortage(crowded, full)
     more = "use more devices, or more of them for mesh.fsdp and mesh.tensor"
-    assert more in compilation.shortage(figures(arguments=14 * GIB))
+    assert more in compilation.shortage(figures(arguments=14 * GIB), full)
     trained = figures(arguments=8 * GIB, outputs=8 * GIB, aliased=8 * GIB, temporaries=10 * GIB)
-    assert more in compilation.shortage(trained)
+    assert more in compilation.shortage(trained, full)
     sampling = figures(program="sample decode", arguments=14 * GIB)
-    assert "lower ppo.batch_size" in compilation.shortage(sampling)
+    assert "lower ppo.batch_size" in compilation.shortage(sampling, full)
 
 
 ARGS = ("--config=tiny", "--config.mesh.fsdp=8", "--program=score", "--prompt_length=40")
@@ -298,7 +302,8 @@ def test_the_program_prints_and_exits_1_where_something_does_not_fit(
         bad = program("compile_check", *ARGS)
         assert bad.code == 1
         assert bad.out == (
-            "score: does not fit: 88 GiB; lower ppo.batch_size, or use more devices\n"
+            f"score: does not fit: 88 GiB; lower ppo.batch_size (now {CONFIG.ppo.batch_size}), "
+            "or use more devices\n"
         )
     monkeypatch.setattr(compilation, "memory_of", lambda *_: 1000)
     bad = program("compile_check", *ARGS)
@@ -310,8 +315,12 @@ def test_bad_flags_are_refused(program: Program) -> None:
     assert program("compile_check", "--config=tiny", "--program=all") == refused(
         "--program=all: expected some of ['read', 'update', 'sample', 'score', 'sft']"
     )
-    wrong = program("compile_check", "--config=tiny", "--topology=v9:1x1")
-    assert (wrong.code, wrong.out) == (2, "")
-    assert "--topology=v9:1x1: " in wrong.err
-    assert "expected local, a slice such as v5e:4x4" in wrong.err
-    assert "or GPUs such as h100:8" in wrong.err
+    assert program("compile_check", "--config=tiny", "--program=").code == 2
+    for topology, expected in (
+        ("v9:1x1", "expected local, a slice such as v5e:4x4"),
+        ("v5e:4x", "or GPUs such as h100:8"),
+        ("h100:16", "a host has 1 to 8 GPUs"),
+    ):
+        wrong = program("compile_check", "--config=tiny", f"--topology={topology}")
+        assert (wrong.code, wrong.out) == (2, "")
+        assert f"--topology={topology}: " in wrong.err and expected in wrong.err

@@ -427,24 +427,3 @@ def test_one_axis_of_a_mesh_may_take_the_rest(
     sizes: dict[str, int], shape: tuple[int, ...]
 ) -> None:
     assert tuple(mesh.make_mesh(config_lib.Mesh(**sizes)).shape.values()) == shape
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {"data": 3, "fsdp": 1, "tensor": 1},
-        {"data": 3, "fsdp": -1, "tensor": 1},
-        {"data": 16, "fsdp": -1, "tensor": 1},
-        {"data": -1, "fsdp": -1, "tensor": 1},
-        {"data": 0, "fsdp": -1, "tensor": 1},
-    ],
-    ids=str,
-)
-def test_a_mesh_that_does_not_fit_the_devices_is_refused(sizes: dict[str, int]) -> None:
-    named = "data={data} fsdp={fsdp} sequence=1 tensor={tensor}".format(**sizes)
-    with pytest.raises(ValueError) as error:
-        mesh.make_mesh(config_lib.Mesh(**sizes))
-    assert str(error.value) == (
-        f"mesh {named}: the product must be the number of devices, 8; "
-        "give one axis as -1 to take the rest"
-    )

@@ -58,9 +58,21 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(
     assert str(error.value) == message
 
 
-@pytest.mark.parametrize("axes", [{"fsdp": 4}, {"data": 3, "fsdp": -1}, {"data": -1}, {"fsdp": 0}])
-def test_a_mesh_of_other_devices_is_refused(axes: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"the product must be the number of devices, 8; give one"):
+@pytest.mark.parametrize(
+    ("axes", "remedy"),
+    [
+        ({"fsdp": 4}, "give one axis as -1 to take the rest"),
+        (
+            {"data": 3, "fsdp": -1},
+            "the axes that are given multiply to 3, which does not divide it",
+        ),
+        ({"data": 16, "fsdp": -1}, "the axes that are given multiply to 16, which"),
+        ({"data": -1}, "give one axis as -1 to take the rest"),
+        ({"fsdp": 0}, "give one axis as -1 to take the rest"),
+    ],
+)
+def test_a_mesh_of_other_devices_is_refused(axes: dict[str, int], remedy: str) -> None:
+    with pytest.raises(ValueError, match=f"must be the number of devices, 8; {remedy}"):
         of(**axes)
 
 
