@@ -2,8 +2,7 @@
 
 Paper: REFINE-AF, arXiv 2505.06548.
 Command: python -m refine_af.launch.pipeline --config=llama2_13b --workdir=runs/llama2_13b
-Hardware: multiples of 8 TPUs, such as 16 TPU v5e or 8 TPU v5p; docs/sharding.md has what was
-compiled.
+Hardware: 8 TPU v5p; with sft.trained=lora also 16 TPU v5e or 8 TPU v6e. See docs/sharding.md.
 """
 
 import dataclasses

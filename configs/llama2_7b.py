@@ -52,6 +52,7 @@ def get_config() -> Experiment:
             num_epochs=4,
             num_minibatches=4,
             num_microbatches=1,
+            remat="cheap",
             learning_rate=1e-5,
             warmup_steps=20,
             checkpoint_every=10,

@@ -2,7 +2,7 @@
 
 Paper: REFINE-AF, arXiv 2505.06548.
 Command: python -m refine_af.launch.pipeline --config=mistral_7b --workdir=runs/mistral_7b
-Hardware: 8 TPU v6e; see docs/sharding.md.
+Hardware: 8 TPU v6e or v5p; for 16 TPU v5e see docs/sharding.md.
 """
 
 import dataclasses
