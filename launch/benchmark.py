@@ -128,7 +128,7 @@ def main() -> None:
     )
     (limits, environment), _ = benchmarks.in_process(benchmarks.environment, _DTYPE.value)
     cases = cases_of(suites, _CASES.value or [], environment["backend"])
-    if _LARGE in cases and environment["backend"] == "cpu" and not _MODEL.value:
+    if cases.get(_LARGE) and environment["backend"] == "cpu" and not _MODEL.value:
         needs = f"{_LARGE_MODEL} needs a GPU or a TPU, and this is a CPU; name a smaller --model"
         raise ValueError(f"--suite={_LARGE}: {needs}")
     print(json.dumps(environment, indent=1))

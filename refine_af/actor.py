@@ -54,7 +54,7 @@ class Actor:
     """Samples and scores with a run's options.
 
     Attributes:
-        longest_prompt: of all that will be asked, in tokens: rollouts share their programs.
+        longest_prompt: of all that will be asked, in tokens; see `Engine.longest_text`.
     """
 
     config: Experiment
@@ -77,7 +77,7 @@ class Actor:
             options.batch_size,
             int8_weights=int8,
             int8_cache=options.int8_cache,
-            usual_length=self.longest_prompt + options.sampling.max_new_tokens,
+            longest_text=self.longest_prompt + options.sampling.max_new_tokens,
         )
         weights = Policy(self.base, options).for_sampling(params, int8_weights=int8)
 

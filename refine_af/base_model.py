@@ -91,19 +91,25 @@ class BaseModel:
         *,
         int8_weights: bool = False,
         int8_cache: bool = False,
-        usual_length: int = 0,
+        longest_text: int = 0,
     ) -> Engine:
         """Sampler for this model, with or without an adapter merged into its parameters.
 
         Args:
             int8_weights: its parameters are those of `for_sampling(int8_weights=True)`.
             int8_cache: keep keys and values as int8.
-            usual_length: see `Engine`.
+            longest_text: see `Engine`.
         """
         source = self.source
         config = dataclasses.replace(self.config, int8_weights=int8_weights, int8_cache=int8_cache)
-        given = source.tokenizer, self.mesh, source.eos_ids, num_slots
-        return Engine(config, *given, usual_length=usual_length)
+        return Engine(
+            config,
+            source.tokenizer,
+            self.mesh,
+            source.eos_ids,
+            num_slots,
+            longest_text=longest_text,
+        )
 
     def for_sampling(
         self,

@@ -187,15 +187,19 @@ def shortage(figures: Figures, config: Experiment) -> str:
     """
     over = (figures.total - SHARE * figures.memory) / GIB
     held = figures.temporaries < figures.arguments + figures.resident + figures.aliased
-    more = "use more devices, or more of them for mesh.fsdp and mesh.tensor"
     sampling = figures.program in SAMPLING
-    what = more if held and not sampling else remedy(figures.program, config)
+    what = remedy(figures.program, config)
+    if held and not sampling:
+        section = "sft" if figures.program == "sft" else "ppo"
+        more = "use more devices, or more of them for mesh.fsdp and mesh.tensor"
+        what = ", ".join([*memory.levers(section, config, ["trained"]), more])
     return f"{over:.1f} GiB too much for {SHARE:.0%} of the memory; {what}"
 
 
 def remedy(program: str, config: Experiment) -> str:
     """What makes a program smaller on a device, with what it is now."""
-    section, fields = "sft" if program == "sft" else "ppo", ["num_microbatches", "remat"]
+    section = "sft" if program == "sft" else "ppo"
+    fields = ["batch_size", "num_microbatches", "remat", "trained"]
     if program in SAMPLING:
         fields = ["batch_size", "int8_cache"]
     elif program == "read":

@@ -46,7 +46,8 @@ class Engine:
         num_slots: answers that are written at the same time, at most.
         max_read: prompt tokens that are read in one go.
         cache_budget: bytes that caches may take on a device; None: what is free.
-        usual_length: tokens of the longest text of many calls, whose caches then have one size.
+        longest_text: tokens of the longest text of many calls; caches that need more than half as
+            many places have as many, so that calls share programs. 0: not known.
     """
 
     config: ModelConfig
@@ -56,7 +57,7 @@ class Engine:
     num_slots: int
     max_read: int = 512
     cache_budget: int | None = None
-    usual_length: int = 0
+    longest_text: int = 0
 
     def generate(
         self,
@@ -143,6 +144,8 @@ class _Run:
         for answer in answers:
             if shared and len(answer.own) > len(shared) and answer.own[: len(shared)] == shared:
                 answer.own, answer.offset = answer.own[len(shared) :], len(shared)
+        longest = min(engine.longest_text, engine.config.max_positions)
+        self.common_places = _bucket([longest - len(shared)])
         num_slots = self._affordable_slots(answers, len(shared))
         # Long ones first: what is left for the end is short.
         self.queue = collections.deque(sorted(answers, key=lambda a: -a.budget))
@@ -172,11 +175,12 @@ class _Run:
         parts = engine.mesh.shape["data"]
         wanted = min(packing.power_of_two(len(answers)), engine.num_slots)
         longest = max(prefix_length, *(len(a.own) for a in answers))
+        whole = _bucket(len(a.own) + a.budget for a in answers)
         return memory.affordable_slots(
             engine.config,
             engine.mesh,
             wanted=-(-wanted // parts) * parts,
-            length=max(_bucket(len(a.own) + a.budget for a in answers), self._usual_places),
+            length=self._most_places(whole, whole),
             tail_length=CHUNK,
             prefix_length=prefix_length,
             scratch_length=self._room(longest) if longest > engine.max_read or prefix_length else 0,
@@ -187,17 +191,16 @@ class _Run:
         """Places of a cache for these answers' next tokens, and places for all of their tokens.
 
         So that few sizes occur, each of which is a program, the first are those of all tokens, or
-        of the usual texts, where that is at most twice what the next tokens take.
+        of the longest text of all calls, where that is at most twice what the next tokens take.
         """
         soon, whole = (
             _bucket(a.columns + min(a.left, most) for a in answers)
             for most in (self.steps, _NO_LIMIT)
         )
-        return max(n for n in (soon, whole, self._usual_places) if n <= 2 * soon), whole
+        return self._most_places(soon, whole), whole
 
-    @property
-    def _usual_places(self) -> int:
-        return _bucket([self.engine.usual_length])
+    def _most_places(self, soon: int, whole: int) -> int:
+        return max(n for n in (soon, whole, self.common_places) if n <= 2 * soon)
 
     def _fit(self, answers: Sequence[Answer]) -> None:
         """Grow the cache when these answers need it, shrink it when half would do to their end."""

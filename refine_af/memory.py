@@ -127,9 +127,11 @@ _LEVERS = {
     "batch_size": "lower {}",
     "num_microbatches": "raise {}",
     "remat": "set {}=full",
+    "trained": "set {}=lora",
     "int8_cache": "set {}=True",
     "max_length": "lower {}",
 }
+_SPENT = {"remat": "full", "trained": "lora", "int8_cache": True}  # nothing is left to change
 _SECTIONS = {
     "generate_instructions": "instructions",
     "train_ppo": "ppo",
@@ -142,7 +144,8 @@ _SECTIONS = {
 def ran_out(error: Exception) -> bool:
     """Whether it says that a device or the host has no memory left."""
     of_jax = isinstance(error, jax.errors.JaxRuntimeError)
-    said = any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+    text = str(error).lower()
+    said = "resource_exhausted" in text or "out of memory" in text
     return isinstance(error, MemoryError) or (of_jax and said)
 
 
@@ -152,14 +155,15 @@ def levers(section: str, config: Experiment, fields: Iterable[str] = tuple(_LEVE
     return [
         f"{_LEVERS[field].format(f'{section}.{field}')} (now {values[field]})"
         for field in fields
-        if field in values and values[field] != "full" and values[field] is not True
+        if field in values and values[field] != _SPENT.get(field)
     ]
 
 
 def advice(stage: str, config: Experiment, error: Exception) -> str:
     """One line for a stage that ran out of memory: how much was asked for, what to change."""
     section = _SECTIONS[stage]
-    found, sampling = levers(section, config), getattr(getattr(config, section), "sampling", None)
+    found = levers(section, config)
+    sampling = getattr(getattr(config, section), "sampling", None)
     if sampling:
         name = f"{section}.sampling.max_new_tokens"
         found.append(f"lower {name} (now {sampling.max_new_tokens})")

@@ -52,7 +52,7 @@ def make_mesh(config: config_lib.Mesh, devices: list[Any] | None = None) -> jax.
     if sizes.count(-1) == 1 and all(size > 0 or size == -1 for size in sizes):
         known = int(np.prod([size for size in sizes if size != -1]))
         sizes[sizes.index(-1)] = len(devices) // known
-        remedy = f"the axes that are given multiply to {known}, which does not divide it"
+        remedy = f"the others multiply to {known}, which does not divide it: change one of them"
     if min(sizes) < 1 or int(np.prod(sizes)) != len(devices):
         raise ValueError(
             f"mesh {named}: the product must be the number of devices, {len(devices)}; {remedy}"

@@ -29,12 +29,9 @@ class Profile:
     def over(self, steps: range) -> Generator[int, None, None]:
         """The same steps; those to trace run inside a trace, which ends when they are left, too."""
         first = steps[_FIRST : _FIRST + self.num_steps]
-        if self.num_steps and not first:
-            logging.warning(
-                "nothing is traced: %d steps are left, and the first %d of a start compile",
-                len(steps),
-                _FIRST,
-            )
+        if len(first) < self.num_steps:
+            text = "%d of %d steps are traced: %d are left, and the first %d of a start compile"
+            logging.warning(text, len(first), self.num_steps, len(steps), _FIRST)
         with ExitStack() as stack:
             for step in steps:
                 if first and step == first[0]:

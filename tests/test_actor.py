@@ -7,6 +7,7 @@ import pytest
 from updates import CONFIG, base
 
 from refine_af.actor import Actor
+from refine_af.base_model import BaseModel
 from refine_af.ppo_prompts import Batch
 from refine_af.requests import Completion
 
@@ -17,6 +18,20 @@ TEXTS = [
     " 1\nOutput:",
     "1",
 ]
+
+
+def test_its_engine_knows_the_longest_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    class AskedError(Exception):
+        """What the engine was asked to be."""
+
+    def engine(*_: object, **options: object) -> None:
+        raise AskedError(options)
+
+    monkeypatch.setattr(BaseModel, "engine", engine)
+    actor = Actor(CONFIG, base(), lambda examples: {"reward": np.ones(len(examples))}, 9)
+    with pytest.raises(AskedError) as asked:
+        actor.sample({}, Batch([], []))
+    assert asked.value.args[0]["longest_text"] == 9 + CONFIG.ppo.sampling.max_new_tokens
 
 
 @pytest.mark.parametrize(("floor", "asked"), [("unreadable", 3), ("dropped", 1)])

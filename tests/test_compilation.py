@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import Program, only_its_own_flags, program, refused
 
-from refine_af import abstract_run, compilation, flops, hlo, topologies
+from refine_af import abstract_run, compilation, flops, hlo, memory, topologies
 from refine_af.compilation import GIB, Figures
 from refine_af.config import Mesh
 from refine_af.configs import tiny
@@ -268,8 +268,8 @@ def test_what_does_not_fit_and_what_to_do() -> None:
     assert not crowded.fits
     cheap = dataclasses.replace(CONFIG, ppo=dataclasses.replace(CONFIG.ppo, remat="cheap"))
     assert compilation.shortage(crowded, cheap) == (
-        "2.6 GiB too much for 90% of the memory; raise ppo.num_microbatches (now 2), "
-        "set ppo.remat=full (now cheap), or use more devices"
+        "2.6 GiB too much for 90% of the memory; lower ppo.batch_size (now 8), "
+        "raise ppo.num_microbatches (now 2), set ppo.remat=full (now cheap), or use more devices"
     )
     full = dataclasses.replace(CONFIG, ppo=dataclasses.replace(CONFIG.ppo, remat="full"))
     assert "remat" not in compilation.shortage(crowded, full)
@@ -279,6 +279,12 @@ def test_what_does_not_fit_and_what_to_do() -> None:
     assert more in compilation.shortage(trained, full)
     sampling = figures(program="sample decode", arguments=14 * GIB)
     assert "lower ppo.batch_size" in compilation.shortage(sampling, full)
+    assert "set ppo.int8_cache=True (now False)" in compilation.shortage(sampling, full)
+    ppo = dataclasses.replace(full.ppo, trained="full", int8_cache=True)
+    other = dataclasses.replace(full, ppo=ppo)
+    assert "int8_cache" not in compilation.shortage(sampling, other)
+    for one in (crowded, trained):
+        assert "set ppo.trained=lora (now full)" in compilation.shortage(one, other)
 
 
 ARGS = ("--config=tiny", "--config.mesh.fsdp=8", "--program=score", "--prompt_length=40")
@@ -311,11 +317,26 @@ def test_the_program_prints_and_exits_1_where_something_does_not_fit(
     assert "does not fit: 0.0 GiB too much" in bad.out
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("RESOURCE_EXHAUSTED: 4 GiB", True),
+        ("INTERNAL: Out of memory allocating 4 bytes", True),
+        ("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
+        ("INTERNAL: a bug", False),
+    ],
+)
+def test_memory_that_has_run_out_is_known_by_what_jax_says(text: str, expected: bool) -> None:
+    assert memory.ran_out(jax.errors.JaxRuntimeError(text)) == expected
+
+
 def test_bad_flags_are_refused(program: Program) -> None:
     assert program("compile_check", "--config=tiny", "--program=all") == refused(
         "--program=all: expected some of ['read', 'update', 'sample', 'score', 'sft']"
     )
-    assert program("compile_check", "--config=tiny", "--program=").code == 2
+    assert program("compile_check", "--config=tiny", "--program=") == refused(
+        "--program=: expected some of ['read', 'update', 'sample', 'score', 'sft']"
+    )
     for topology, expected in (
         ("v9:1x1", "expected local, a slice such as v5e:4x4"),
         ("v5e:4x", "or GPUs such as h100:8"),

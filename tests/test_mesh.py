@@ -64,9 +64,9 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused(
         ({"fsdp": 4}, "give one axis as -1 to take the rest"),
         (
             {"data": 3, "fsdp": -1},
-            "the axes that are given multiply to 3, which does not divide it",
+            "the others multiply to 3, which does not divide it: change one",
         ),
-        ({"data": 16, "fsdp": -1}, "the axes that are given multiply to 16, which"),
+        ({"data": 16, "fsdp": -1}, "the others multiply to 16, which"),
         ({"data": -1}, "give one axis as -1 to take the rest"),
         ({"fsdp": 0}, "give one axis as -1 to take the rest"),
     ],

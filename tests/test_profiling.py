@@ -37,7 +37,7 @@ def test_a_run_that_is_too_short_has_no_trace_and_says_so(
     steps: range, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert list(Profile(tmp_path, 3).over(steps)) == list(steps)
-    assert f"nothing is traced: {len(steps)} steps are left" in caplog.text
+    assert f"0 of 3 steps are traced: {len(steps)} are left" in caplog.text
     assert list(Profile(tmp_path, 0).over(range(5))) == list(range(5))
     assert not list(tmp_path.iterdir())
 
