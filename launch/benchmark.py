@@ -12,6 +12,7 @@ from pathlib import Path
 from absl import flags as absl_flags
 
 from refine_af import (
+    benchmark_conversion,
     benchmark_large,
     benchmark_novelty,
     benchmark_sampling,
@@ -29,8 +30,8 @@ from refine_af.progress import bar
 _SUITE = absl_flags.DEFINE_list(
     "suite",
     ["sample"],
-    "Suites to run: sample, score, update, novelty; large, for accelerators; or all: the shorter "
-    "cases of those that suit the device.",
+    "Suites to run: sample, score, update, novelty, convert; large, for accelerators; or all: the "
+    "shorter cases of those that suit the device.",
 )
 _CASES = absl_flags.DEFINE_list("cases", None, "Only these cases; default: all of the suites.")
 _MODEL = absl_flags.DEFINE_string(
@@ -53,6 +54,7 @@ SUITES: dict[str, tuple[list[str], Callable[[Model, Limits, int, list[str]], Ite
     "score": (list(benchmark_scoring.CASES), benchmark_scoring.rows),
     "update": (list(benchmark_update.CASES), benchmark_update.rows),
     "novelty": (list(benchmark_novelty.CASES), benchmark_novelty.rows),
+    "convert": (list(benchmark_conversion.CASES), benchmark_conversion.rows),
     _LARGE: (list(benchmark_large.CASES), benchmark_large.rows),
 }
 _SMALL_MODEL, _LARGE_MODEL = "smollm2-135m-instruct", "random:llama2-7b"

@@ -11,8 +11,15 @@ from pathlib import Path
 
 import pytest
 from decoders import LLAMA
+from safetensors.numpy import load_file, save_file
 
-from refine_af import benchmark_large, benchmark_novelty, benchmark_sampling, benchmarks
+from refine_af import (
+    benchmark_conversion,
+    benchmark_large,
+    benchmark_novelty,
+    benchmark_sampling,
+    benchmarks,
+)
 from refine_af.benchmark_sampling import CASES
 from refine_af.benchmark_update import Shape
 from refine_af.benchmarks import Limits, Measured
@@ -52,7 +59,7 @@ def test_limits_of_a_case_by_hand() -> None:
 
 
 def test_cases_are_those_that_were_promised() -> None:
-    assert list(CASES) == ["batch1", "batch16", "batch32", "mixed", "prefix"]
+    assert list(CASES) == ["batch1", "batch16", "batch32", "mixed", "static", "prefix"]
     lengths = CASES["mixed"].lengths
     assert len(lengths) == 64 and min(lengths) >= 8 and max(lengths) == 256
     assert 56 <= sum(lengths) / 64 <= 72
@@ -95,6 +102,24 @@ def test_a_context_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch)
         next(benchmark_large.rows(model, Limits(1e9, 1e9), 1, ["decode1"]))
 
 
+def test_a_conversion_is_measured_and_has_to_come_back_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmarks, "isolated", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(benchmarks, "in_process", lambda function, *given: (function(*given), 0.0))
+    model = Model(source="random:tiny", dtype="float32", param_dtype="float32")
+    found = list(benchmark_conversion.rows(model, Limits(1.0, 1.0), 1, ["to_orbax", "to_hf"]))
+    assert [row.case for row in found] == ["to_orbax", "to_hf"]
+    assert all(row.ours > 0 and row.ratio and row.limit_share for row in found)
+    for name in ("one", "other"):
+        benchmark_sampling.export("random:tiny", str(tmp_path / name))
+    file = tmp_path / "other/model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] + 1}, file)
+    with pytest.raises(ValueError, match="final_norm/scale has come back changed"):
+        benchmark_conversion.check_equal(str(tmp_path / "one"), str(tmp_path / "other"))
+
+
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "refine_af.launch.benchmark", *arguments],
@@ -112,11 +137,12 @@ def test_all_suites_are_those_that_suit_the_device() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     on_gpu, on_cpu, only = ast.literal_eval(run.stdout)
     assert on_gpu == {"large": ["decode1", "decode64", "update2k", "ppo"]}
-    assert list(on_cpu) == ["sample", "score", "update", "novelty"]
+    assert list(on_cpu) == ["sample", "score", "update", "novelty", "convert"]
     assert on_cpu["sample"] == ["batch1", "batch16", "mixed", "prefix"]
     assert on_cpu["score"] == ["reward_model"]
     assert on_cpu["novelty"] == ["filter500", "filter2000", "filter15000"]
-    assert only == {"sample": [], "score": [], "update": ["lora"], "novelty": ["filter2000"]}
+    none: dict[str, list[str]] = {"sample": [], "score": [], "convert": []}
+    assert only == none | {"update": ["lora"], "novelty": ["filter2000"]}
 
 
 def test_decoding_is_what_more_tokens_take(monkeypatch: pytest.MonkeyPatch) -> None:
