@@ -190,15 +190,13 @@ def shortage(figures: Figures, config: Experiment) -> str:
     sampling = figures.program in SAMPLING
     what = remedy(figures.program, config)
     if held and not sampling:
-        section = "sft" if figures.program == "sft" else "ppo"
         more = "use more devices, or more of them for mesh.fsdp and mesh.tensor"
-        what = ", ".join([*memory.levers(section, config, ["trained"]), more])
+        what = ", ".join([*memory.levers(_section(figures.program), config, ["trained"]), more])
     return f"{over:.1f} GiB too much for {SHARE:.0%} of the memory; {what}"
 
 
 def remedy(program: str, config: Experiment) -> str:
     """What makes a program smaller on a device, with what it is now."""
-    section = "sft" if program == "sft" else "ppo"
     fields = ["batch_size", "num_microbatches", "remat", "trained"]
     if program in SAMPLING:
         fields = ["batch_size", "int8_cache"]
@@ -206,7 +204,12 @@ def remedy(program: str, config: Experiment) -> str:
         fields = ["num_microbatches"]
     elif program == "score":
         fields = ["batch_size"]
-    return ", ".join([*memory.levers(section, config, fields), "or use more devices"])
+    return ", ".join([*memory.levers(_section(program), config, fields), "or use more devices"])
+
+
+def _section(program: str) -> str:
+    """Of the config that a program's sizes are in."""
+    return "sft" if program == "sft" else "ppo"
 
 
 def sharding_table(run: Run) -> list[str]:
