@@ -290,6 +290,7 @@ def start(
         logging.set_verbosity(logging.WARNING if processes.is_writer() else logging.ERROR)
         logging.get_absl_logger().addFilter(_is_news)
         getLogger("asyncio").addFilter(_is_no_echo)
+        sys.unraisablehook = _hear
         processes.once(main) if one_process else main()
     except KeyboardInterrupt as error:
         agreed = isinstance(error, interruptions.AgreedInterrupt)
@@ -331,6 +332,18 @@ def _is_news(record: LogRecord) -> bool:
 def _is_no_echo(record: LogRecord) -> bool:
     """Of Orbax's writes that fail together one is raised; asyncio logs the others, with theirs."""
     return "exception was never retrieved" not in record.getMessage()
+
+
+def _hear(leftover: Any, heard: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """What nobody can catch: Orbax's reads and writes beside one that failed, and signals.
+
+    A signal that came while Python was in a library's callback takes effect at the next
+    `interruptions.check`.
+    """
+    noise = ("Event loop is closed", "Encountered error while reading array")
+    signalled = interruptions.received() and isinstance(leftover.exc_value, KeyboardInterrupt)
+    if not signalled and not str(leftover.exc_value).startswith(noise):
+        heard(leftover)
 
 
 def _stopped(resumes: bool, left_over: str = "", *, agreed: bool = False) -> NoReturn:

@@ -6,7 +6,6 @@ metadata the hash of the config that it was made with.
 
 import dataclasses
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -75,7 +74,6 @@ def open_manager(
         lightweight_initialize=True,  # else metadata that is damaged is fatal
         preservation_policy=_Keep(keep, best),
     )
-    sys.unraisablehook = _hush
     manager = ocp.CheckpointManager(
         directory.absolute(), options=options, item_handlers=ocp.StandardCheckpointHandler()
     )
@@ -322,13 +320,6 @@ def _agreed(fault: ValueError | None) -> ValueError | None:
     """Of several processes, each of which reads its part, what any of them has found."""
     text = next(filter(None, processes.everyone(str(fault) if fault else "")), "")
     return fault or (DamagedError(text) if text else None)
-
-
-def _hush(leftover: Any, heard: Callable[[Any], None] = sys.unraisablehook) -> None:
-    """Orbax leaves reads and writes behind when one fails; each tells of it, on its own thread."""
-    noise = ("Event loop is closed", "Encountered error while reading array")
-    if not str(leftover.exc_value).startswith(noise):
-        heard(leftover)
 
 
 def _arrays(tree: Any) -> set[tuple[str, tuple[int, ...], str]]:

@@ -49,6 +49,7 @@ class Watch:
 
     def __init__(self, workdir: Path, patterns: Sequence[str]) -> None:
         self.workdir, self.patterns, self.changes = workdir, patterns, 0
+        self.grown: set[Path] = set()  # by the last change of each
         self.seen = self._look()
 
     def _look(self) -> dict[Path, tuple[int, int]]:
@@ -66,14 +67,21 @@ class Watch:
 
     def count(self) -> int:
         seen = self._look()
+        for path in seen:
+            if seen[path] != self.seen.get(path):
+                grows = seen[path][1] > self.seen.get(path, (0, 0))[1]
+                (self.grown.add if grows else self.grown.discard)(path)
         self.changes += seen != self.seen
         self.seen = seen
         return self.changes
 
     def tear_newest(self) -> None:
-        """Take the end off what was written last, if that are rows."""
+        """Take the end off what was written last, if that are rows.
+
+        A resumed run ends a file where its checkpoint begins: what is left is no write of its own.
+        """
         newest = max(self.seen, key=self.seen.__getitem__)
-        if newest.suffix == ".jsonl":
+        if newest.suffix == ".jsonl" and newest in self.grown:
             os.truncate(newest, max(newest.stat().st_size - 5, 0))
 
 
