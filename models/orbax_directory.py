@@ -121,7 +121,7 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
     async def _open_and_write(self, value: Any, tspec: Any, ts_context: Any) -> None:
         async with self._turn:
             try:
-                spec = tensorstore.Spec(tspec)
+                spec = tensorstore.Spec(_checked(tspec))
                 store = await tensorstore.open(spec, create=True, open=True, context=ts_context)
                 (chunk_rows, *_) = store.chunk_layout.write_chunk.shape or (1,)
                 for rows, piece in value.pieces(chunk_rows):
@@ -132,6 +132,15 @@ class _StreamedHandler(ocp.type_handlers.NumpyHandler):
                         value.progress(piece.nbytes)
             except Exception as error:
                 self.error = self.error or error
+
+
+def _checked(tspec: dict[str, Any]) -> dict[str, Any]:
+    """With a checksum of each chunk: what is not compressed would be read however damaged."""
+    metadata = tspec["metadata"]
+    (sharding,) = metadata["codecs"]
+    inner = sharding["configuration"]
+    inner = inner | {"codecs": [*inner["codecs"], {"name": "crc32c"}]}
+    return tspec | {"metadata": metadata | {"codecs": [sharding | {"configuration": inner}]}}
 
 
 async def _write(store: tensorstore.TensorStore, piece: np.ndarray) -> None:
@@ -169,7 +178,10 @@ def write(
         barrier_sync_key_prefix="directory",
     )
     handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=registry, use_zarr3=True, multiprocessing_options=alone
+        type_handler_registry=registry,
+        use_zarr3=True,
+        use_compression=False,
+        multiprocessing_options=alone,
     )
     args = ocp.args.PyTreeSave(tree, save_args=jax.tree.map(_Streamed.save_args, tree))
     # Orbax in the middle of its threads is no place for Ctrl-C: it stops between two pieces.

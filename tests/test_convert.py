@@ -424,33 +424,6 @@ def test_too_little_space_is_said_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("part", ["manifest.ocdbt", "_METADATA", "d/*"])
-@pytest.mark.parametrize("fault", ["cut", "flipped", "gone"])
-def test_a_damaged_orbax_directory_is_named(part: str, fault: str, tmp_path: Path) -> None:
-    convert.convert(sources.open_model(str(families.saved("llama2"))), tmp_path / "orbax")
-    for file in (tmp_path / "orbax/params").glob(part):
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 0xFF
-        file.write_bytes(data[: len(data) // 2] if fault == "cut" else data)
-        if fault == "gone":
-            file.unlink()
-    with pytest.raises(ValueError, match=r"orbax/params: .*(damaged|not a readable)") as error:
-        sources.open_model(str(tmp_path / "orbax")).load()
-    assert "\n" not in str(error.value)
-
-
-def test_an_orbax_directory_of_another_model_is_refused(tmp_path: Path) -> None:
-    """All that is wrong with it, at once."""
-    convert.convert(sources.open_model(str(families.saved("llama2"))), tmp_path / "orbax")
-    path = tmp_path / "orbax/config.json"
-    raw = json.loads(path.read_text()) | {"tie_word_embeddings": True, "intermediate_size": 8}
-    path.write_text(json.dumps(raw))
-    with pytest.raises(ValueError) as error:
-        sources.open_model(str(tmp_path / "orbax"))
-    assert "unexpected head" in str(error.value)
-    assert "gate/kernel has shape (3, 24, 40), expected (3, 24, 8)" in str(error.value)
-
-
 # Memory
 
 
