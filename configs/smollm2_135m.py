@@ -54,7 +54,6 @@ def get_config() -> Experiment:
             num_epochs=1,
             num_minibatches=4,
             num_microbatches=1,
-            row_length=512,
             remat="cheap",
             learning_rate=3e-4,
             warmup_steps=2,

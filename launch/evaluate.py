@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,9 @@ _MAX_SOURCE_TOKENS = absl_flags.DEFINE_integer(
     lower_bound=1,
 )
 _MESH = flags.mesh_flag()
+_ANSWERING = (  # what only a model needs
+    *(_NUM_EXAMPLES, _FORMAT, _BATCH_SIZE, _DTYPE, _MAX_NEW_TOKENS, _MAX_SOURCE_TOKENS, _MESH),
+)
 
 
 def _alone() -> bool:
@@ -62,20 +66,23 @@ def _alone() -> bool:
     return not any(re.match(r"--?(config\b|help$|h$)", argument) for argument in sys.argv[1:])
 
 
+def _refuse(unused: Sequence[absl_flags.FlagHolder[Any]], why: str) -> None:
+    given = [flag.name for flag in unused if flag.present]
+    if given:
+        raise ValueError(f"--{given[0]} and {why}")
+
+
 def main() -> None:
     """The stage of a run, or an evaluation by itself."""
     if not _alone():
-        alone = (
-            *(_MODEL, _PREDICTIONS, _TASKS, _SPLIT, _TRACK, _OUTPUT, _NUM_EXAMPLES, _FORMAT),
-            *(_BATCH_SIZE, _DTYPE, _MAX_INSTANCES, _MAX_NEW_TOKENS, _MAX_SOURCE_TOKENS, _MESH),
-        )
-        given = [flag.name for flag in alone if flag.present]
-        if given:
-            raise ValueError(f"--{given[0]} and --config exclude each other: a run has its own")
+        alone = (_MODEL, _PREDICTIONS, _TASKS, _SPLIT, _TRACK, _OUTPUT, _MAX_INSTANCES, *_ANSWERING)
+        _refuse(alone, "--config exclude each other: a run has its own")
         _stages.run(["evaluate"], *_WORKDIR)
         return
     if (_MODEL.value is None) == (_PREDICTIONS.value is None):
         raise ValueError("give --config and --workdir, or --model, or --predictions")
+    if _PREDICTIONS.value:
+        _refuse(_ANSWERING, "--predictions exclude each other: no model runs")
     output = Path(flags.require(_OUTPUT))
     if (output / pipeline.CONFIG).exists():
         raise ValueError(

@@ -438,6 +438,8 @@ def test_evaluate_refuses_predictions_of_other_tasks_and_with_a_model(
     assert program("evaluate", "--model=random:tiny", *files) == refused(message)
     message = "--predictions and --config exclude each other: a run has its own"
     assert program("evaluate", "--config=tiny", *files) == refused(message)
+    message = "--batch_size and --predictions exclude each other: no model runs"
+    assert program("evaluate", "--batch_size=4", *files) == refused(message)
     message = "--split and --config exclude each other: a run has its own"
     assert program("evaluate", "--config=tiny", "--split=x") == refused(message)
     message = "--mesh=rows:2: expected AXIS:SIZE of ['data', 'fsdp', 'sequence', 'tensor'], as in "
