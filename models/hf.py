@@ -3,6 +3,7 @@
 Conversion is a table (`Family.keys`): our path <-> their key <-> whether theirs is transposed.
 """
 
+import itertools
 import json
 import math
 import os
@@ -29,6 +30,7 @@ _DROPPED = (r".*rotary_emb\.inv_freq",)
 _TIED_HEAD = (r"lm_head\.weight",)  # a copy of the embedding
 _NAMES = {dtype: name for name, dtype in SafetensorFiles.dtypes.items()}
 _SHARD_BYTES = 5_000_000_000  # largest file, unless a single tensor is larger
+_BLOCK = 256  # rows and columns that are transposed together
 
 Progress = Callable[[int], object]  # called with the number of bytes that are done
 
@@ -69,6 +71,15 @@ def table_of(keys: Keys, shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
 def tensors(config: ModelConfig) -> dict[str, Tensor]:
     """Every tensor that a Hugging Face directory of this decoder has, by key."""
     return table_of(FAMILIES[config.family].keys, expected_shapes(config))
+
+
+def transposed(matrix: np.ndarray) -> np.ndarray:
+    """The transpose, contiguous; in blocks, since numpy fetches a cache line for each element."""
+    result = np.empty(matrix.shape[::-1], matrix.dtype)
+    rows, columns = (range(0, size, _BLOCK) for size in matrix.shape)
+    for i, j in itertools.product(rows, columns):
+        result[j : j + _BLOCK, i : i + _BLOCK] = matrix[i : i + _BLOCK, j : j + _BLOCK].T
+    return result
 
 
 class TableWeights(Weights):
@@ -129,7 +140,7 @@ class TableWeights(Weights):
 
     def _read_tensor(self, key: str, index: Index) -> np.ndarray:
         if self.table[key].transposed:
-            return self._files.read(key, index[::-1]).T
+            return transposed(self._files.read(key, index[::-1]))
         return self._files.read(key, index)
 
 
@@ -203,7 +214,9 @@ def write(
         array = weights.read(tensor.path, tensor.slices()).reshape(
             tensor.shape[::-1] if tensor.transposed else tensor.shape
         )
-        return (array.T if tensor.transposed else array).astype(stored(tensor), copy=False)
+        return (transposed(array) if tensor.transposed else array).astype(
+            stored(tensor), copy=False
+        )
 
     for name, keys in split.filename_to_tensors.items():
         layout = {key: (stored(table[key]), table[key].shape) for key in keys}

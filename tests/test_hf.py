@@ -402,3 +402,11 @@ def test_a_damaged_weights_file_is_one_clear_line(
     else:
         assert {path: leaf.shape for path, leaf in flat(loaded)} == expected_shapes(LLAMA)
     shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (256, 256), (513, 255), (7, 600)])
+def test_a_transpose_by_blocks_is_the_transpose(shape: tuple[int, int]) -> None:
+    matrix = np.arange(np.prod(shape)).reshape(shape).astype(ml_dtypes.bfloat16)
+    result = hf.transposed(matrix)
+    assert result.flags.c_contiguous
+    np.testing.assert_array_equal(result, matrix.T)
