@@ -66,23 +66,23 @@ def _alone() -> bool:
     return not any(re.match(r"--?(config\b|help$|h$)", argument) for argument in sys.argv[1:])
 
 
-def _refuse(unused: Sequence[absl_flags.FlagHolder[Any]], why: str) -> None:
+def _refuse(unused: Sequence[absl_flags.FlagHolder[Any]], other: str, why: str) -> None:
     given = [flag.name for flag in unused if flag.present]
     if given:
-        raise ValueError(f"--{given[0]} and {why}")
+        raise ValueError(f"--{given[0]} and {other} exclude each other: {why}")
 
 
 def main() -> None:
     """The stage of a run, or an evaluation by itself."""
     if not _alone():
         alone = (_MODEL, _PREDICTIONS, _TASKS, _SPLIT, _TRACK, _OUTPUT, _MAX_INSTANCES, *_ANSWERING)
-        _refuse(alone, "--config exclude each other: a run has its own")
+        _refuse(alone, "--config", "a run has its own")
         _stages.run(["evaluate"], *_WORKDIR)
         return
     if (_MODEL.value is None) == (_PREDICTIONS.value is None):
         raise ValueError("give --config and --workdir, or --model, or --predictions")
     if _PREDICTIONS.value:
-        _refuse(_ANSWERING, "--predictions exclude each other: no model runs")
+        _refuse(_ANSWERING, "--predictions", "no model runs")
     output = Path(flags.require(_OUTPUT))
     if (output / pipeline.CONFIG).exists():
         raise ValueError(

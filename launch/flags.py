@@ -290,7 +290,7 @@ def start(
         logging.set_verbosity(logging.WARNING if processes.is_writer() else logging.ERROR)
         logging.get_absl_logger().addFilter(_is_news)
         getLogger("asyncio").addFilter(_is_no_echo)
-        sys.unraisablehook = _hear
+        sys.unraisablehook = _report_leftover
         processes.once(main) if one_process else main()
     except KeyboardInterrupt as error:
         agreed = isinstance(error, interruptions.AgreedInterrupt)
@@ -334,16 +334,16 @@ def _is_no_echo(record: LogRecord) -> bool:
     return "exception was never retrieved" not in record.getMessage()
 
 
-def _hear(leftover: Any, heard: Callable[[Any], None] = sys.unraisablehook) -> None:
-    """What nobody can catch: Orbax's reads and writes beside one that failed, and signals.
+def _report_leftover(leftover: Any, report: Callable[[Any], None] = sys.unraisablehook) -> None:
+    """Tell of an exception that nobody can catch, but for two kinds.
 
-    A signal that came while Python was in a library's callback takes effect at the next
-    `interruptions.check`.
+    Those are of Orbax's reads and writes beside one that failed, and of a signal that came while
+    Python was in a library's callback: it takes effect at the next `interruptions.check`.
     """
     noise = ("Event loop is closed", "Encountered error while reading array")
     signalled = interruptions.received() and isinstance(leftover.exc_value, KeyboardInterrupt)
     if not signalled and not str(leftover.exc_value).startswith(noise):
-        heard(leftover)
+        report(leftover)
 
 
 def _stopped(resumes: bool, left_over: str = "", *, agreed: bool = False) -> NoReturn:

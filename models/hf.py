@@ -73,7 +73,7 @@ def tensors(config: ModelConfig) -> dict[str, Tensor]:
     return table_of(FAMILIES[config.family].keys, expected_shapes(config))
 
 
-def transposed(matrix: np.ndarray) -> np.ndarray:
+def transpose(matrix: np.ndarray) -> np.ndarray:
     """The transpose, contiguous; in blocks, since numpy fetches a cache line for each element."""
     result = np.empty(matrix.shape[::-1], matrix.dtype)
     rows, columns = (range(0, size, _BLOCK) for size in matrix.shape)
@@ -140,7 +140,7 @@ class TableWeights(Weights):
 
     def _read_tensor(self, key: str, index: Index) -> np.ndarray:
         if self.table[key].transposed:
-            return transposed(self._files.read(key, index[::-1]))
+            return transpose(self._files.read(key, index[::-1]))
         return self._files.read(key, index)
 
 
@@ -214,9 +214,7 @@ def write(
         array = weights.read(tensor.path, tensor.slices()).reshape(
             tensor.shape[::-1] if tensor.transposed else tensor.shape
         )
-        return (transposed(array) if tensor.transposed else array).astype(
-            stored(tensor), copy=False
-        )
+        return (transpose(array) if tensor.transposed else array).astype(stored(tensor), copy=False)
 
     for name, keys in split.filename_to_tensors.items():
         layout = {key: (stored(table[key]), table[key].shape) for key in keys}

@@ -59,6 +59,7 @@ def program(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Program:
     """Run a program as its console script does, in this process and on its eight devices."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # is put back
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.getbasetemp()))
 
     def run(name: str, *args: str) -> Result:

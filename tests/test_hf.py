@@ -404,9 +404,9 @@ def test_a_damaged_weights_file_is_one_clear_line(
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (256, 256), (513, 255), (7, 600)])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (256, 256), (513, 300), (7, 600)])
 def test_a_transpose_by_blocks_is_the_transpose(shape: tuple[int, int]) -> None:
-    matrix = np.arange(np.prod(shape)).reshape(shape).astype(ml_dtypes.bfloat16)
-    result = hf.transposed(matrix)
+    matrix = np.random.default_rng(0).random(shape).astype(ml_dtypes.bfloat16)
+    result = hf.transpose(matrix)
     assert result.flags.c_contiguous
     np.testing.assert_array_equal(result, matrix.T)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from programs import Program
 
 from refine_af import interruptions
 from refine_af.launch import flags
@@ -28,32 +29,44 @@ def collection_callback(act: Callable[[], None]) -> Iterator[None]:
     assert callback not in gc.callbacks
 
 
+def heard_of(leftover: BaseException | None, signum: int | None = None) -> list[type[object]]:
+    """Kinds of exceptions that are reported when a callback raises one, or a signal does."""
+    heard: list[type[object]] = []
+
+    def act() -> None:
+        if signum is not None:
+            signal.raise_signal(signum)
+        if leftover is not None:
+            raise leftover
+
+    def hook(args: Any) -> None:
+        flags._report_leftover(args, lambda args: heard.append(args.exc_type))
+
+    with pytest.MonkeyPatch.context() as patch, collection_callback(act):
+        patch.setattr(sys, "unraisablehook", hook)
+        interruptions.install()
+        gc.collect()
+    return heard
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_lost_signal_makes_no_noise_and_takes_effect_soon(
-    signum: signal.Signals, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard: list[object] = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda leftover: flags._hear(leftover, heard.append))
-    interruptions.install()
-    with collection_callback(lambda: signal.raise_signal(signum)):
-        gc.collect()  # Python drops the exception
-    assert not heard
+def test_a_lost_signal_makes_no_noise_and_takes_effect_soon(signum: signal.Signals) -> None:
+    assert not heard_of(None, signum)
     assert interruptions.received() == signum
     with pytest.raises(KeyboardInterrupt):
         interruptions.check()
 
 
-def test_other_lost_exceptions_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    heard: list[type[BaseException]] = []
+@pytest.mark.parametrize("leftover", [KeyError("lost"), KeyboardInterrupt()])
+def test_other_lost_exceptions_are_reported(leftover: BaseException) -> None:
+    assert heard_of(leftover) == [type(leftover)]
 
-    def fail() -> None:
-        raise KeyError("lost")
 
-    def note(leftover: Any) -> None:
-        heard.append(leftover.exc_type)
+def test_what_orbax_leaves_behind_is_not_reported() -> None:
+    assert not heard_of(RuntimeError("Event loop is closed"))
 
-    monkeypatch.setattr(sys, "unraisablehook", lambda leftover: flags._hear(leftover, note))
-    interruptions.install()
-    with collection_callback(fail):
-        gc.collect()
-    assert heard == [KeyError]
+
+@pytest.mark.usefixtures("only_its_own_flags")
+def test_programs_report_so(program: Program) -> None:
+    program("report")
+    assert sys.unraisablehook == flags._report_leftover

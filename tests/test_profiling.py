@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from programs import Program
+from runs import Programs
 
 from refine_af.profiling import Profile
 
@@ -52,13 +53,16 @@ def test_a_trace_ends_with_the_run_that_fails(tmp_path: Path) -> None:
     assert list(Profile(tmp_path / "next", 1).over(range(3))) == [0, 1, 2]  # it can trace again
 
 
-def test_programs_trace_training(program: Program, tmp_path: Path) -> None:
-    code, _, err = program(
-        "pipeline", "--config=tiny", f"--workdir={tmp_path}", "--profile_steps=1"
-    )
-    assert code == 0, err
+def test_programs_trace_training(programs: Programs, tmp_path: Path) -> None:
+    """On one device: eight take minutes to compile."""
+    little = ("--config.ppo.num_eval_prompts=0", "--config.instances.answers_per_instruction=2")
+    ended = programs.run("pipeline", tmp_path, "--profile_steps=1", *little)
+    assert ended.code == 0, ended.err
     assert step_names(tmp_path / "ppo/profile") == {"2"}
     assert step_names(tmp_path / "sft/profile") == {"2"}
+
+
+def test_a_negative_number_of_steps_is_refused(program: Program, tmp_path: Path) -> None:
     code, _, err = program(
         "train_ppo", "--config=tiny", f"--workdir={tmp_path}", "--profile_steps=-1"
     )
