@@ -55,7 +55,7 @@ def test_a_trace_ends_with_the_run_that_fails(tmp_path: Path) -> None:
 
 def test_programs_trace_training(programs: Programs, tmp_path: Path) -> None:
     """On one device: eight take minutes to compile."""
-    little = ("--config.ppo.num_eval_prompts=0", "--config.instances.answers_per_instruction=2")
+    little = ("--config.ppo.num_eval_prompts=0", "--config.ppo.eval_every=0")
     ended = programs.run("pipeline", tmp_path, "--profile_steps=1", *little)
     assert ended.code == 0, ended.err
     assert step_names(tmp_path / "ppo/profile") == {"2"}
