@@ -14,6 +14,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _COLLECTIVE = re.compile(rf"= (.*?) ({_KINDS})(-start)?\(")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_FUSION = re.compile(r" fusion\(.*calls=%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _CONSTANT = re.compile(r"constant\((\d+)\)")
@@ -40,12 +41,16 @@ class Collective(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """A collective's line; lines of one channel are pieces of one collective, or copies of it."""
+    """A collective's line.
+
+    In fusions, lines of one channel are pieces of one collective. Elsewhere each is one of its own:
+    a function that is called several times gives all its copies the same channel.
+    """
 
     kind: str
     shape: str
     size: int
-    channel: str
+    channel: str  # the line itself where it is not in a fusion
 
 
 def collectives(text: str) -> list[Collective]:
@@ -56,11 +61,11 @@ def collectives(text: str) -> list[Collective]:
     """
     found: dict[str, list[tuple[str, _Found]]] = {}
     calls: dict[str, list[tuple[str, int]]] = {}
-    bodies = _bodies(text)
+    bodies, fusions = _bodies(text), set(_FUSION.findall(text))
     entry = ""
     for name, (is_entry, lines) in bodies.items():
         entry = name if is_entry else entry
-        found[name] = [(line, one) for line in lines for one in _collective(line)]
+        found[name] = [(line, one) for line in lines for one in _collective(line, name in fusions)]
         calls[name] = [call for line in lines for call in _calls(line, bodies)]
     times: Counter[tuple[str, _Found]] = Counter()
 
@@ -95,7 +100,7 @@ def _bodies(text: str) -> dict[str, tuple[bool, list[str]]]:
     return bodies
 
 
-def _collective(line: str) -> Iterator[_Found]:
+def _collective(line: str, fused: bool) -> Iterator[_Found]:
     match = _COLLECTIVE.search(line)
     if not match:
         return
@@ -103,7 +108,7 @@ def _collective(line: str) -> Iterator[_Found]:
     if match[3] and match[2] != "all-reduce":  # (operands, results, numbers)
         arrays = [array for array in arrays if array[0] not in ("u32[]", "s32[]")]
         arrays = arrays[len(arrays) // 2 :]
-    channel = _CHANNEL.search(line)
+    channel = _CHANNEL.search(line) if fused else None
     shape, size = " ".join(shape for shape, _ in arrays), sum(size for _, size in arrays)
     yield _Found(match[2], shape, size, channel[1] if channel else line)
 

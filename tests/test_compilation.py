@@ -44,6 +44,8 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %loop = (s32[], f32[8]) while(%t), condition=%condition, body=%body
   %start = (f32[4]{0}, f32[32]{0}) all-gather-start(%x), dimensions={0}
   %done = f32[32]{0} all-gather-done(%start)
+  %first = bf16[8,4] all-reduce(%a), channel_id=9, to_apply=%add
+  %copy = bf16[8,4] all-reduce(%b), channel_id=9, to_apply=%add
   ROOT %out = f32[8] all-reduce(%y), to_apply=%add
 }
 """
@@ -54,6 +56,7 @@ def test_collectives_count_as_often_as_their_loops_run() -> None:
         Collective("all-gather", "bf16[8,16]", 256, 5),
         Collective("all-reduce", "f32[8] f32[2,2]", 48, 5),
         Collective("all-gather", "f32[32]", 128, 1),
+        Collective("all-reduce", "bf16[8,4]", 64, 2),
         Collective("all-reduce", "f32[8]", 32, 1),
     ]
 
