@@ -59,12 +59,12 @@ def get_config() -> Experiment:
             num_eval_prompts=128,
             eval_every=25,
             lora=Lora(),
-            sampling=Sampling(temperature=1.0, max_new_tokens=512, stop=("\n\n", "\nTask:")),
+            sampling=Sampling(temperature=1.0, max_new_tokens=512, stop=("\nTask:",)),
         ),
         instances=Instances(
             batch_size=128,
             answers_per_instruction=1,
-            sampling=Sampling(temperature=0.0, max_new_tokens=350, stop=("\n\n", "\nTask:")),
+            sampling=Sampling(temperature=0.0, max_new_tokens=350, stop=("\nTask:",)),
         ),
         sft=Sft(
             format="alpaca",

@@ -286,6 +286,11 @@ class Ppo:
             "or kl_controller=fixed",
         )
         require(
+            self.kl_controller == "fixed" or self.batch_size < 5 * self.kl_horizon,
+            f"ppo.kl_horizon={self.kl_horizon}: a step could turn kl_coef negative; expected above "
+            f"a fifth of batch_size={self.batch_size}",
+        )
+        require(
             not (self.sample_ahead and self.max_update_kl),
             "ppo.sample_ahead=True: its answers are of the policy one step back, which "
             "max_update_kl takes for one that has moved; set one of them to False or 0",

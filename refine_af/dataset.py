@@ -17,6 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,7 @@ def sift(rows: Sequence[Row], options: DataSet) -> tuple[list[Row], list[Row]]:
         return kept, dropped
     least = options.filter_at
     if options.filter == "share":
-        count = math.ceil(options.filter_at * len(kept))
+        count = math.ceil(Decimal(str(options.filter_at)) * len(kept))  # .07 of 100 is 7
         least = sorted((row[REWARD] for row in kept), reverse=True)[count - 1]
     low = [{**row, "reason": "low_reward"} for row in kept if row[REWARD] < least]
     return [row for row in kept if row[REWARD] >= least], dropped + low

@@ -1,7 +1,7 @@
 """Stage 3: the tuned model writes an input and an output for every instruction."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,15 +51,14 @@ class InstanceStage:
         """Write and filter answers to all instructions; `params` are with the adapter."""
         paths = [self.workdir / ACCEPTED, self.workdir / REJECTED]
         size = self.config.instances.batch_size
-        first, _ = records.resume(paths)
+        first, found = records.resume(paths)
         answers = self.config.instances.answers_per_instruction
         rows = min(size, len(self.instructions)) * answers
         engine = self.base.engine(rows)
-        total = len(self.instructions)
-        done = min(first * size, total)
+        total, done = len(self.instructions), self._num_done(found)
         with bar("instances", total=total, unit="instruction", done=done) as progress:
-            for batch in range(first, -(-len(self.instructions) // size)):
-                tasks = self.instructions[batch * size : (batch + 1) * size]
+            for batch, start in enumerate(range(done, total, size), first):
+                tasks = self.instructions[start : start + size]
                 asked = [a for row in range(len(tasks)) for a in self._asked(batch, row, tasks)]
                 requests = [a.request for a in asked]
                 completions = engine.generate(params, requests, progress.count_tokens)
@@ -68,6 +67,12 @@ class InstanceStage:
                 records.append_rows(paths[1], dropped)
                 records.append_rows(paths[0], kept)
                 progress.update(len(tasks))
+
+    def _num_done(self, found: Iterable[Iterable[Row]]) -> int:
+        """Instructions that rows were written for, in batches of whatever size."""
+        numbers = {task["id"]: number for number, task in enumerate(self.instructions)}
+        known = (numbers.get(row.get("id"), -1) for rows in found for row in rows)
+        return 1 + max(known, default=-1)
 
     def _asked(self, batch: int, row: int, tasks: Sequence[Row]) -> list[_Asked]:
         """One request for each answer wanted, each with its own demonstrations and seed."""

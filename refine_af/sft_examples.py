@@ -19,11 +19,11 @@ Pair = tuple[list[int], list[int]]  # ids of the prompt and of the response
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
-    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
 )
 
 

@@ -141,6 +141,9 @@ def build_prompt(
 ) -> str:
     """The prompt of Tk-Instruct (https://arxiv.org/abs/2204.07705), zero- or few-shot.
 
+    Only the definition is given a final period; Tk-Instruct's own code also ends inputs, and
+    outputs of examples, with one where they have no punctuation.
+
     The first example that would make the prompt longer than `max_tokens`, and those after it, are
     dropped. A prompt too long without any example is returned whole.
 

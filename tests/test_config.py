@@ -250,6 +250,12 @@ WORDS = "('q', 'k', 'v', 'o', 'gate', 'up', 'down')"
             "ppo.kl_coef=0.0: the adaptive controller multiplies it; expected above 0, or "
             "kl_controller=fixed",
         ),
+        (
+            "ppo.kl_horizon",
+            1,
+            "ppo.kl_horizon=1: a step could turn kl_coef negative; expected above a fifth of "
+            "batch_size=8",
+        ),
         ("ppo.critic_warmup", 3, "ppo.critic_warmup=3: expected below num_steps=3"),
         ("ppo.dual_clip", 0.5, "ppo.dual_clip=0.5: expected 0 or above 1"),
         (

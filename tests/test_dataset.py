@@ -131,6 +131,12 @@ def test_low_rewards_go_when_asked(
     assert ("| data set | low_reward |" in card) == bool(left_out)
 
 
+def test_a_share_is_the_number_that_it_says(tmp_path: Path) -> None:
+    """.07 of 100 is 7.000000000000001 in floating point."""
+    dataset.write_dataset(options(material(100, 0), filter="share", filter_at=0.07), tmp_path)
+    assert len(dataset.read(tmp_path)) == 7
+
+
 def test_what_another_set_asks_for_goes(tmp_path: Path) -> None:
     """By a near-duplicate of the instruction, or of instruction and input together."""
     other = tmp_path / "mine.jsonl"

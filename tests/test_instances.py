@@ -197,22 +197,25 @@ CONFIG = dataclasses.replace(
 )
 
 
-def run(workdir: Path, oracle: Oracle | None = None) -> list[list[Request]]:
+FILES = (instances.ACCEPTED, instances.REJECTED)
+
+
+def run(workdir: Path, oracle: Oracle | None = None, **fields: Any) -> list[list[Request]]:
     """Runs the stage; returns what it asked for, by batch."""
     base: Any = FakeBase()
-    InstanceStage(CONFIG, base, seeds.load(), TASKS, workdir, oracle).run({})
+    section = dataclasses.replace(CONFIG.instances, **fields)
+    config = dataclasses.replace(CONFIG, instances=section)
+    InstanceStage(config, base, seeds.load(), TASKS, workdir, oracle).run({})
     return base.requests
 
 
 def contents(workdir: Path) -> list[bytes]:
-    return [(workdir / name).read_bytes() for name in (instances.ACCEPTED, instances.REJECTED)]
+    return [(workdir / name).read_bytes() for name in FILES]
 
 
 def test_every_answer_ends_in_one_of_the_files(tmp_path: Path) -> None:
     run(tmp_path)
-    kept, dropped = (
-        records.read_rows(tmp_path / name) for name in (instances.ACCEPTED, instances.REJECTED)
-    )
+    kept, dropped = (records.read_rows(tmp_path / name) for name in FILES)
     assert len(kept) + len(dropped) == 4 * len(TASKS)
     by_id = {task["id"]: task for task in TASKS}
     for row in kept:
@@ -240,12 +243,9 @@ def test_requests_ask_for_each_instruction_with_its_own_seed(tmp_path: Path) -> 
         assert request.sampling == CONFIG.instances.sampling
 
 
-@pytest.mark.parametrize("crash", range(6))
-def test_a_crash_before_any_write_changes_nothing(
-    crash: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(tmp_path / "whole")
-    append, left = records.append_rows, crash
+def crash(workdir: Path, writes: int, monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    """A run that stops after so many writes."""
+    append, left = records.append_rows, writes
 
     def fail(path: Path, rows: list[records.Row]) -> None:
         nonlocal left
@@ -256,7 +256,15 @@ def test_a_crash_before_any_write_changes_nothing(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(records, "append_rows", fail)
-        run(tmp_path / "twice")
+        run(workdir, **fields)
+
+
+@pytest.mark.parametrize("writes", range(6))
+def test_a_crash_before_any_write_changes_nothing(
+    writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "whole")
+    crash(tmp_path / "twice", writes, monkeypatch)
     run(tmp_path / "twice")
     assert contents(tmp_path / "twice") == contents(tmp_path / "whole")
 
@@ -266,6 +274,16 @@ def test_a_second_run_makes_the_last_batch_again_with_the_same_result(tmp_path: 
     before = contents(tmp_path)
     assert [len(batch) for batch in run(tmp_path)] == [8]
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("sizes", [(2, 4), (4, 2), (4, 3)])
+def test_with_another_batch_size_no_instruction_is_left_out_or_asked_twice(
+    sizes: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crash(tmp_path, 3, monkeypatch, batch_size=sizes[0])
+    run(tmp_path, batch_size=sizes[1])
+    rows = [row for name in FILES for row in records.read_rows(tmp_path / name)]
+    assert Counter(row["id"] for row in rows) == {task["id"]: 4 for task in TASKS}
 
 
 def test_a_row_names_its_prompt_and_the_seeds_in_it(tmp_path: Path) -> None:

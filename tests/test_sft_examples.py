@@ -22,7 +22,7 @@ def test_alpaca_without_an_input() -> None:
     prompt, response = encode(row("Sing."), TOKENIZER, "alpaca", EOS)
     assert TOKENIZER.decode(prompt) == (
         "Below is an instruction that describes a task. Write a response that appropriately "
-        "completes the request.\n\n### Instruction:\nSing.\n\n### Response:\n"
+        "completes the request.\n\n### Instruction:\nSing.\n\n### Response:"
     )
     assert response == [*TOKENIZER("la").input_ids, EOS]
 
@@ -32,7 +32,7 @@ def test_alpaca_with_an_input() -> None:
     assert TOKENIZER.decode(prompt) == (
         "Below is an instruction that describes a task, paired with an input that provides "
         "further context. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nAdd.\n\n### Input:\n1 {2}\n\n### Response:\n"
+        "### Instruction:\nAdd.\n\n### Input:\n1 {2}\n\n### Response:"
     )
     assert response == [*TOKENIZER("3").input_ids, EOS]
 
