@@ -57,6 +57,7 @@ SUITES: dict[str, tuple[list[str], Callable[[Model, Limits, int, list[str]], Ite
     "convert": (list(benchmark_conversion.CASES), benchmark_conversion.rows),
     _LARGE: (list(benchmark_large.CASES), benchmark_large.rows),
 }
+_AGAINST_TORCH = ("sample", "score", "update")  # on the CPU
 _SMALL_MODEL, _LARGE_MODEL = "smollm2-135m-instruct", "random:llama2-7b"
 _SHORT = {
     "sample": benchmark_sampling.SHORT,
@@ -100,8 +101,13 @@ def cases_of(suites: list[str], only: list[str], backend: str) -> dict[str, list
     """Cases to run, by suite; `all` are the shorter ones of those that suit the device.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or they compare with torch on another device.
     """
+    odd = [suite for suite in _AGAINST_TORCH if suite in suites and backend != "cpu"]
+    if odd:
+        raise ValueError(
+            f"--suite={odd[0]}: torch would run on the CPU; here take --suite={_LARGE}"
+        )
     cases = {suite: SUITES[suite][0] for suite in suites if suite != _ALL}
     if _ALL in suites:
         fitting = [suite for suite in SUITES if (suite == _LARGE) == (backend != "cpu")]

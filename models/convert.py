@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from refine_af.models import hf, orbax_directory, processes
+from refine_af.models import hf, orbax_directory, processes, tensor_files
 from refine_af.models.hf import Progress
 from refine_af.models.sources import Source
 from refine_af.models.weights import Weights
@@ -22,7 +22,7 @@ from refine_af.models.writing import check_space, writing
 # Beside the weights: tokenizers, chat templates, licences. Never code.
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
 _LOCK = "lock"  # of a private directory
-_NOT_COPIED = {"config.json", hf.INDEX}
+_NOT_COPIED = {"config.json", hf.INDEX, tensor_files.TORCH_INDEX}
 
 
 def convert(
@@ -66,7 +66,8 @@ def export(source: Source, weights: Weights, target: Path) -> None:
     Raises:
         OSError: the disk is full, or cannot be written.
     """
-    (dtype,) = {str(array.dtype) for array in weights.arrays.values()}
+    dtypes = {str(array.dtype) for array in weights.arrays.values()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else None
     with staged(target, overwrite=True) as new, writing(target):
         processes.by_writer(lambda: _write_companions(source, new, dtype))
         hf.write(weights, source.config, new)

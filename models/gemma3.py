@@ -20,12 +20,12 @@ FAMILY = Family(
     structure={**gemma2.STRUCTURE, "qk_norm": True},
     numbers={
         "query_pre_attn_scalar": "query_pre_attn_scalar",
-        "attn_logit_softcapping": "attention_softcap",
         "final_logit_softcapping": "logit_softcap",
     },
     required={
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
+        "attn_logit_softcapping": None,  # transformers would not apply it
         "use_bidirectional_attention": False,
     },
 )

@@ -280,9 +280,10 @@ def _unpermute(rows: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def end_ids(reader: gguf.GGUFReader) -> tuple[int, ...]:
-    """Id of the token that ends a text."""
-    end = _field(reader, f"{_TOKENIZER}eos_token_id", int, -1)
-    return (end,) if 0 <= end <= MOST else ()
+    """Ids of the tokens that end a text, a turn or a message, without repetition."""
+    names = (f"{_TOKENIZER}{kind}_token_id" for kind in ("eos", "eot", "eom"))
+    ids = (_field(reader, name, int, -1) for name in names)
+    return tuple(dict.fromkeys(i for i in ids if 0 <= i <= MOST))
 
 
 class _Words(NamedTuple):

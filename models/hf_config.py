@@ -152,7 +152,9 @@ def _rope(parameters: Raw) -> tuple[float, LinearRope | Llama3Rope | None]:
 
 
 def _windows(theirs: PreTrainedConfig) -> dict[str, Any]:
-    """Sliding window, and the layers without."""
+    """Sliding window, and the layers without; transformers ignores both in other families."""
+    if not hasattr(type(theirs)(), "sliding_window"):
+        return {}
     window = getattr(theirs, "sliding_window", None)
     types = getattr(theirs, "layer_types", None) or [_LOCAL] * theirs.num_hidden_layers
     unknown = set(types) - {_LOCAL, _GLOBAL}

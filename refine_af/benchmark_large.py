@@ -6,7 +6,6 @@ lengths; updates and steps have no reference here, only the limit of the machine
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from refine_af import base_model, benchmark_update, benchmarks, policy_update, rollout
+from refine_af import base_model, benchmark_update, benchmarks, flops, policy_update, rollout
 from refine_af.benchmark_sampling import Case
 from refine_af.benchmark_update import Shape
 from refine_af.benchmarks import Limits, Measured, Row
@@ -24,7 +23,6 @@ from refine_af.engine import Engine
 from refine_af.mesh import shard_batch
 from refine_af.models import cache, sources
 from refine_af.models.config import ModelConfig
-from refine_af.models.weights import expected_shapes
 from refine_af.policy import Policy
 from refine_af.requests import Request
 from refine_af.rollout import Layout
@@ -82,10 +80,7 @@ def step_seconds(
     config: ModelConfig, slots: int, context: int, dtype: str, limits: Limits
 ) -> float:
     """Least time of a token for every slot: all weights and caches are read."""
-    shapes = expected_shapes(config)
-    weights = sum(math.prod(shape) for shape in shapes.values())
-    if not config.tie_embeddings:
-        weights -= math.prod(shapes["embedding"])  # one row of it a token
+    weights = flops.forward(config, 1, 1) / 2
     read = weights * jax.numpy.dtype(dtype).itemsize
     read += cache.num_bytes(dataclasses.replace(config, dtype=dtype), slots, context)
     return max(read / limits.bandwidth, 2 * weights * slots / limits.flops)

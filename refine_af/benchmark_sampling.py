@@ -12,13 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from refine_af import base_model, benchmarks
+from refine_af import base_model, benchmarks, flops
 from refine_af.benchmarks import Limits, Measured, Row
 from refine_af.config import Mesh, Model, Sampling
 from refine_af.engine import Engine
 from refine_af.models import convert, sources
 from refine_af.models.config import ModelConfig
-from refine_af.models.weights import expected_shapes
 from refine_af.requests import Request, TokenIds
 
 _PROMPT, _NEW = 128, 64  # tokens of the plain cases
@@ -108,17 +107,17 @@ def limit_seconds(case: Case, config: ModelConfig, dtype: str, limits: Limits) -
     """Least time for a case: products of all prompts, then of steps that read all weights.
 
     A step takes the longer of reading the weights and multiplying with them; attention is left
-    out, and slots are taken to be always full.
+    out, and slots are taken to be always full. A prompt meets the head at its end only.
     """
-    weights = sum(math.prod(shape) for shape in expected_shapes(config).values())
+    weights = flops.forward(config, 1, 1) / 2
     prompt_tokens = case.prefix + case.prompt * len(case.lengths)
     steps = sum(case.lengths) / case.num_slots
     step = max(
         weights * jax.numpy.dtype(dtype).itemsize / limits.bandwidth,
         2 * weights * case.num_slots / limits.flops,
     )
-    embedding = config.vocab_size * config.embed_dim
-    return 2 * (weights - embedding) * prompt_tokens / limits.flops + steps * step
+    reading = flops.forward(config, prompt_tokens, len(case.lengths))
+    return reading / limits.flops + steps * step
 
 
 def measure_ours(model: Model, name: str, repeats: int, static: bool) -> Measured:

@@ -92,7 +92,8 @@ def whole_heads(model: ModelConfig, mesh: jax.sharding.Mesh) -> str | None:
     return (
         f"while sampling, {together // parts} devices hold the same cache: mesh fsdp*sequence*"
         f"tensor={together} does not divide the model's {model.num_kv_heads} kv heads; take "
-        f"fsdp={sizes[-1]}, tensor=1, data=-1, which cuts the weights into {sizes[-1]}, too"
+        f"fsdp={sizes[-1]}, sequence=1, tensor=1, data=-1, which cuts the weights into "
+        f"{sizes[-1]}, too"
     )
 
 

@@ -54,16 +54,6 @@ def decode(tokenizer: PreTrainedTokenizerBase | None, ids: TokenIds) -> str:
     return text
 
 
-def pad_left(rows: Sequence[TokenIds], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens [B, length] int32 padded with 0 on the left, start [B] first real column)."""
-    tokens = np.zeros((len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        if row:
-            tokens[i, length - len(row) :] = row
-    start = np.asarray([length - len(row) for row in rows], np.int32)
-    return tokens, start
-
-
 def pad_right(rows: Sequence[TokenIds], length: int) -> np.ndarray:
     """[B, length] int32, padded with 0 on the right."""
     tokens = np.zeros((len(rows), length), np.int32)

@@ -345,7 +345,7 @@ def test_with_a_decode_kernel_a_loop_writes_to_the_cache() -> None:
     for ours, theirs in zip(fused, plain, strict=True):
         pairs = zip(ours.token_ids, theirs.token_ids, strict=True)
         alike = next((i for i, (a, b) in enumerate(pairs) if a != b), len(ours.token_ids))
-        assert alike > 0
+        assert alike > 16
         np.testing.assert_allclose(ours.logprobs[:alike], theirs.logprobs[:alike], atol=0.05)
 
 

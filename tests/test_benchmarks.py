@@ -48,14 +48,17 @@ def test_measuring_takes_the_median_after_a_first_run() -> None:
 
 
 def test_limits_of_a_case_by_hand() -> None:
-    """Two slots, 3 + 1 tokens, prompts of 5 after 10 shared ones: 20 prompt tokens, 2 steps."""
+    """Two slots, 3 + 1 tokens, prompts of 5 after 10 shared ones: 20 prompt tokens, 2 steps.
+
+    One row of the embedding is read for a token, and the head meets the ends of two prompts.
+    """
     case = benchmark_sampling.Case("case", 2, 5, (3, 1), prefix=10)
-    weights = sum(math.prod(shape) for shape in expected_shapes(LLAMA).values())
-    embedding = LLAMA.vocab_size * LLAMA.embed_dim
+    head = LLAMA.vocab_size * LLAMA.embed_dim
+    weights = sum(math.prod(shape) for shape in expected_shapes(LLAMA).values()) - head
     seconds = benchmark_sampling.limit_seconds(
         case, LLAMA, "float32", Limits(bandwidth=4.0 * weights, flops=2.0 * weights)
     )
-    assert seconds == pytest.approx(20 * (weights - embedding) / weights + 2 * 2.0)
+    assert seconds == pytest.approx((20 * (weights - head) + 2 * head) / weights + 2 * 2.0)
 
 
 def test_cases_are_those_that_were_promised() -> None:
@@ -143,6 +146,13 @@ def test_all_suites_are_those_that_suit_the_device() -> None:
     assert on_cpu["novelty"] == ["filter500", "filter2000", "filter15000"]
     none: dict[str, list[str]] = {"sample": [], "score": [], "convert": []}
     assert only == none | {"update": ["lora"], "novelty": ["filter2000"]}
+
+
+def test_a_gpu_is_not_compared_with_torch_on_a_cpu() -> None:
+    code = "from refine_af.launch.benchmark import cases_of; cases_of(['score'], [], 'gpu')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    message = "ValueError: --suite=score: torch would run on the CPU; here take --suite=large\n"
+    assert run.stderr.endswith(message)
 
 
 def test_decoding_is_what_more_tokens_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,15 @@ def test_an_export_from_memory_is_taken_without_a_warning(
         assert torch.equal(model.eval()(ids).logits, expected)
 
 
+def test_an_export_keeps_unlike_dtypes(tmp_path: Path) -> None:
+    source = sources.open_model(str(families.saved("llama2")))
+    params = source.load()
+    params |= {"head": params["head"].astype(jax.numpy.bfloat16)}
+    convert.export(source, TreeWeights(params), tmp_path / "ours")
+    found = sources.open_model(str(tmp_path / "ours")).weights.arrays
+    assert {path for path, x in found.items() if x.dtype == jax.numpy.bfloat16} == {"head"}
+
+
 # The program `generate`, once for each list of arguments, in one process.
 GENERATE = """
 import json

@@ -342,6 +342,13 @@ def tokenizer_gguf(folder: Path, pre: str, fields: Fields) -> str:
     return write_gguf(folder / f"{pre}.gguf", config, named, **fields)
 
 
+def test_the_end_of_a_turn_ends_an_answer(tmp_path: Path) -> None:
+    fields = BYTE_LEVEL | ggml(eot_token_id=2, eom_token_id=1)
+    source = sources.open_model(tokenizer_gguf(tmp_path, "llama-bpe", fields))
+    convert.convert(source, tmp_path / "orbax")
+    assert sources.open_model(str(tmp_path / "orbax")).eos_ids == source.eos_ids == (1, 2)
+
+
 @pytest.mark.parametrize("pre", TOKENIZERS)
 def test_a_file_and_its_conversion_have_the_tokenizer(pre: str, tmp_path: Path) -> None:
     fields, text, pieces = TOKENIZERS[pre]

@@ -89,6 +89,10 @@ def llama3_rope(**changes: Any) -> dict[str, Any]:
             {"rope_scaling": Llama3Rope(**LLAMA3, original_positions=64)},
         ),
         ({"model_type": "llama", "num_key_value_heads": None}, {"num_kv_heads": 4}),
+        (
+            {"model_type": "llama", "sliding_window": 4, "layer_types": ["full_attention"] * 6},
+            {"sliding_window": None, "global_layers": ()},
+        ),
         ({"model_type": "mistral"}, {"sliding_window": 4096, "global_layers": ()}),
         ({"model_type": "mistral", "sliding_window": None}, {"sliding_window": None}),
         (
@@ -184,6 +188,10 @@ def test_older_spellings_and_defaults_are_those_of_transformers(
         (
             {"model_type": "gemma3_text", "use_bidirectional_attention": True},
             "not supported: use_bidirectional_attention=True",
+        ),
+        (
+            {"model_type": "gemma3_text", "attn_logit_softcapping": 50.0},
+            "not supported: attn_logit_softcapping=50.0",
         ),
         (
             {"model_type": "qwen3", "layer_types": ["chunked_attention"] * 6},

@@ -88,8 +88,8 @@ def test_a_mesh_of_other_devices_is_refused(axes: dict[str, int], remedy: str) -
             4,
             {"fsdp": 8},
             "while sampling, 8 devices hold the same cache: mesh fsdp*sequence*tensor=8 does not "
-            "divide the model's 4 kv heads; take fsdp=4, tensor=1, data=-1, which cuts the weights "
-            "into 4, too",
+            "divide the model's 4 kv heads; take fsdp=4, sequence=1, tensor=1, data=-1, which cuts "
+            "the weights into 4, too",
         ),
         (
             20,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,6 +143,13 @@ EDGES = (5, WINDOW - 1, WINDOW, WINDOW + 1, 63, 64, 65)
 FAR_EDGES = sorted({n + beyond for n in map(tokens.bucket, range(64, 769)) for beyond in (0, 1)})
 
 
+def pad_left(rows: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens [B, length] padded with 0 on the left, start [B] first real column)."""
+    start = np.asarray([length - len(row) for row in rows], np.int32)
+    padded = [np.pad(row, (before, 0)) for row, before in zip(rows, start, strict=True)]
+    return np.stack(padded), start
+
+
 def assert_cached_decode_agrees(model: Model, lengths: Iterable[int]) -> None:
     """A batch for each bucket, then one and three tokens at a time; parity with the whole text."""
     definition = define(model.config, stacked=False)
@@ -153,7 +160,7 @@ def assert_cached_decode_agrees(model: Model, lengths: Iterable[int]) -> None:
     for length, group in groups.items():
         # Batches of one size, which are compiled once: a length may come twice.
         ends = np.resize(group, max(map(len, groups.values())))
-        padded, start = tokens.pad_left([ids[:end].tolist() for end in ends], length)
+        padded, start = pad_left([ids[:end] for end in ends], length)
         logits, columns = logits_of(definition, params, padded, start)
         logits, cache = logits[:, -1:], resize(model.config, columns, places)
         for piece in (1, 3, 1, 1, 3, 3, 1):
