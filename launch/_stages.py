@@ -1,15 +1,18 @@
 """What the stage programs do once their flags are parsed."""
 
+import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags as absl_flags
 from absl.flags import FlagHolder
 
 from refine_af import checkpoints, pipeline
 from refine_af.arms import ARMS, REFINE_AF
-from refine_af.launch import flags
+from refine_af.launch import _files, flags
+from refine_af.models import processes
 from refine_af.validation import require_one_of
+
+_TELL = ("evaluate", "report")  # what is there, whenever they are asked
 
 
 def run(
@@ -20,14 +23,17 @@ def run(
     profile_steps: int = 0,
 ) -> pipeline.Run:
     """Run the named stages one after another in `--workdir`, each for all `arms`."""
-    directory = Path(flags.require(workdir)).expanduser()
+    directory = _files.directory(workdir)
     config = flags.experiment()
     job = pipeline.Run(config, directory, arms, profile_steps)
     job.check(names)
     pipeline.claim(config, directory, force=force.value)
     for name in names:
         try:
-            pipeline.run_stage(job, name)
+            worked = pipeline.run_stage(job, name)
+            if not worked and name not in _TELL:
+                done = f"{name}: nothing left to do in {directory}"
+                processes.by_writer(functools.partial(print, done))
         except checkpoints.DamagedError:  # it was set aside: PPO goes on from the one before
             if name != "generate_instances" or "train_ppo" not in names:
                 raise

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from absl import flags as absl_flags
 
@@ -23,7 +22,7 @@ from refine_af import (
 )
 from refine_af.benchmarks import Limits, Row
 from refine_af.config import Model
-from refine_af.launch import flags
+from refine_af.launch import _files, flags
 from refine_af.models.config import DECODE_KERNELS
 from refine_af.progress import bar
 
@@ -127,7 +126,7 @@ def line(row: Row) -> str:
 
 def main() -> None:
     """Measure, print, write."""
-    suites = selected()
+    suites, target = selected(), _files.output_file(_OUTPUT) if _OUTPUT.value else None
     model = Model(
         source=_SMALL_MODEL,
         dtype=_DTYPE.value,
@@ -150,12 +149,12 @@ def main() -> None:
                 found.append(row)
                 progress.update(len({r.case for r in found}) - progress.n)
                 progress.write(line(row))
-                if _OUTPUT.value:
+                if target:
                     content = {
                         "environment": environment,
                         "rows": list(map(dataclasses.asdict, found)),
                     }
-                    records.write_text(Path(_OUTPUT.value), json.dumps(content, indent=1) + "\n")
+                    records.write_text(target, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

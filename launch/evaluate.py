@@ -7,7 +7,6 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from absl import logging
 
 from refine_af import base_model, evaluation, pipeline, records, superni
 from refine_af.config import TRACKS, Evaluation, Model
-from refine_af.launch import _stages, flags
+from refine_af.launch import _files, _stages, flags
 
 _WORKDIR = flags.workdir_flags()
 _MODEL = absl_flags.DEFINE_string("model", None, flags.MODEL_HELP)
@@ -56,6 +55,7 @@ _MAX_SOURCE_TOKENS = absl_flags.DEFINE_integer(
     lower_bound=1,
 )
 _MESH = flags.mesh_flag()
+_OPTIONS = "options.json"  # that answers of a model were made with
 _ANSWERING = (  # what only a model needs
     *(_NUM_EXAMPLES, _FORMAT, _BATCH_SIZE, _DTYPE, _MAX_NEW_TOKENS, _MAX_SOURCE_TOKENS, _MESH),
 )
@@ -66,28 +66,21 @@ def _alone() -> bool:
     return not any(re.match(r"--?(config\b|help$|h$)", argument) for argument in sys.argv[1:])
 
 
-def _refuse(unused: Sequence[absl_flags.FlagHolder[Any]], other: str, why: str) -> None:
-    given = [flag.name for flag in unused if flag.present]
-    if given:
-        raise ValueError(f"--{given[0]} and {other} exclude each other: {why}")
-
-
 def main() -> None:
     """The stage of a run, or an evaluation by itself."""
     if not _alone():
         alone = (_MODEL, _PREDICTIONS, _TASKS, _SPLIT, _TRACK, _OUTPUT, _MAX_INSTANCES, *_ANSWERING)
-        _refuse(alone, "--config", "a run has its own")
+        flags.exclude(alone, "--config", "a run has its own")
         _stages.run(["evaluate"], *_WORKDIR)
         return
     if (_MODEL.value is None) == (_PREDICTIONS.value is None):
         raise ValueError("give --config and --workdir, or --model, or --predictions")
     if _PREDICTIONS.value:
-        _refuse(_ANSWERING, "--predictions", "no model runs")
-    output = Path(flags.require(_OUTPUT))
-    if (output / pipeline.CONFIG).exists():
+        flags.exclude(_ANSWERING, "--predictions", "no model runs")
+    output = _files.output_directory(_OUTPUT, "scores")
+    if _PREDICTIONS.value and (output / _OPTIONS).exists():
         raise ValueError(
-            f"--output={output}: the workdir of a run, whose own scores these would replace; take "
-            "another directory"
+            f"--output={output}: has the evaluation of a model; take another directory"
         )
     options = Evaluation(
         tasks=_TASKS.value,
@@ -102,7 +95,7 @@ def main() -> None:
     )
     tasks = evaluation.load_tasks(options)
     if _PREDICTIONS.value:
-        rows = flags.read_input(Path(_PREDICTIONS.value), ("id", "prediction"))
+        rows = _files.read_input(Path(_PREDICTIONS.value), ("id", "prediction"))
         found = {row["id"]: row["prediction"] for row in rows}
         if len(found) < len(rows):
             again = len(rows) - len(found)
@@ -119,21 +112,26 @@ def main() -> None:
 
 def _evaluate_model(options: Evaluation, tasks: list[superni.Task], output: Path) -> dict[str, Any]:
     model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
+    made_with = dataclasses.asdict(model) | dataclasses.asdict(options)
+    _check_same(output / _OPTIONS, made_with)
     base = base_model.load(model, flags.mesh_of(_MESH), check=True)
     engine = base.engine(options.batch_size)
     asked = evaluation.questions(tasks, base.tokenizer, options, base.config.max_positions)
     predictions = output / evaluation.PREDICTIONS
-    _claim(output / "options.json", dataclasses.asdict(model) | dataclasses.asdict(options))
+    records.write_text(output / _OPTIONS, json.dumps(made_with, indent=1) + "\n")
     params = base.for_sampling()
     evaluation.predict(engine, params, asked, options, predictions, model.source)
     return evaluation.write_scores(tasks, predictions, output / evaluation.SCORES)
 
 
-def _claim(path: Path, options: dict[str, Any]) -> None:
+def _check_same(path: Path, options: dict[str, Any]) -> None:
     """Answers are taken up where they were left, but only those of the same model and options."""
-    if records.exists(path) and records.read_json(path) != options:
-        raise ValueError(f"{path}: made with another model or options; take another --output")
-    records.write_text(path, json.dumps(options, indent=1) + "\n")
+    known = records.read_json(path) if records.exists(path) else options
+    if known != options:
+        unlike = pipeline.unlike(known, options)
+        raise ValueError(
+            f"{path}: made with another model or options{unlike}; take another --output"
+        )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import dis
 import importlib.util
-import operator
 import os
 import re
 import shlex
@@ -21,7 +20,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from refine_af import configs, interruptions, memory, records
+from refine_af import configs, interruptions, memory
 from refine_af.config import Experiment, Mesh
 from refine_af.config_reading import from_dict
 from refine_af.models import processes
@@ -98,10 +97,7 @@ def parse_with_config(argv: Sequence[str]) -> list[str]:
     values = ConfigDict(dataclasses.asdict(load_config(name)))
     _check_fields(rest, values)
     config_flags.DEFINE_config_dict("config", values, _CONFIG_HELP, sys_argv=rest)
-    try:
-        left = _parse(rest)
-    except flags.IllegalFlagValueError as error:
-        raise ValueError(_with_kind(str(error), values)) from None
+    left = _parse(rest)
     _PARSED.append(from_dict(Experiment, flags.FLAGS.config.to_dict()))
     return left
 
@@ -113,7 +109,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
         print(flags.FLAGS.main_module_help())
         print(flags.FLAGS.module_help(__name__))
         sys.exit(0)
-    return flags.FLAGS(list(argv))
+    try:
+        return flags.FLAGS(list(argv))
+    except flags.IllegalFlagValueError as error:
+        raise flags.IllegalFlagValueError(_with_kind(str(error))) from None
 
 
 def _asks_for_help(argv: Sequence[str]) -> bool:
@@ -198,13 +197,15 @@ def _check_fields(argv: Sequence[str], values: ConfigDict) -> None:
         raise ValueError(f"--config.{path}: no such field{hint}")
 
 
-def _with_kind(error: str, values: ConfigDict) -> str:
-    """A refused override as it was given, and what its field expects instead of Python's reason."""
-    reason = r"(?:invalid literal|could not convert|\('Non-boolean)"
-    match = re.match(rf"flag (--config\.([^=]*)=.*): {reason}", error, re.DOTALL)
-    kinds = {bool: "true or false", int: "a whole number", float: "a number"}
-    kind = kinds.get(type(operator.attrgetter(match[2])(values))) if match else None
-    return f"{match[1]}: expected {kind}" if match and kind else error
+def _with_kind(error: str) -> str:
+    """A refused flag as it was given, and what it expects instead of Python's reason."""
+    kinds = {
+        "invalid literal": "a whole number",
+        "could not convert": "a number",
+        "('Non-boolean": "true or false",
+    }
+    match = re.match(rf"flag (--.*): ({'|'.join(map(re.escape, kinds))})", error, re.DOTALL)
+    return f"{match[1]}: expected {kinds[match[2]]}" if match else error
 
 
 def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
@@ -215,28 +216,6 @@ def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
         else:
             found.append(prefix + name)
     return found
-
-
-def read_input(path: Path, strings: Sequence[str]) -> list[dict[str, Any]]:
-    """Rows of a user's JSONL file, each with the named fields as strings.
-
-    Raises:
-        ValueError: the file is missing or empty, or `file:line` lacks a field.
-    """
-    return processes.once(lambda: _read_input(path, strings))
-
-
-def _read_input(path: Path, strings: Sequence[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected JSONL")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    rows = records.parse_lines(text.split("\n"), path, strings)
-    if not rows:
-        raise ValueError(f"{path}: no rows; expected JSONL")
-    return rows
 
 
 def workdir_flags() -> tuple[flags.FlagHolder[str | None], flags.FlagHolder[bool]]:
@@ -259,6 +238,13 @@ def require(holder: flags.FlagHolder[str | None]) -> str:
     if not holder.value:
         raise ValueError(f"--{holder.name} is required; see --help")
     return holder.value
+
+
+def exclude(unused: "Sequence[flags.FlagHolder[Any]]", other: str, why: str) -> None:
+    """Raise ValueError where a flag is given that `other` has no use for."""
+    given = [flag.name for flag in unused if flag.present]
+    if given:
+        raise ValueError(f"--{given[0]} and {other} exclude each other: {why}")
 
 
 def start(

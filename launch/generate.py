@@ -16,7 +16,7 @@ from refine_af import base_model, interruptions, records, tokens
 from refine_af.base_model import BaseModel
 from refine_af.config import Lora, Model, Sampling
 from refine_af.config_reading import from_dict
-from refine_af.launch import flags
+from refine_af.launch import _files, flags
 from refine_af.models import lora, processes
 from refine_af.models.transformer import Params
 from refine_af.progress import bar
@@ -127,8 +127,7 @@ def read_rows(path: Path) -> Iterator[tuple[Row, str]]:
     Raises:
         ValueError: there is no such file.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected JSONL")
+    _files.check_input(path)
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
@@ -241,7 +240,8 @@ def output_row(asked: Asked, completion: Completion) -> Row:
     if _FULL_LOGPROBS.value:
         made["full_logprobs"] = list(completion.full_logprobs)
     if completion.error:
-        made["error"] = f"row {asked.number}: {completion.error}"
+        where = "" if _PROMPTS.value is None else f"row {asked.number}: "
+        made["error"] = where + completion.error
     return {"row": asked.number, "sample": asked.sample, **made} if _AS_COMPLETED.value else made
 
 
@@ -251,8 +251,12 @@ def main() -> None:
         raise ValueError("give either --prompt TEXT or --prompts FILE.jsonl")
     rows, target = [({"prompt": _PROMPT.value}, "")], None
     if _PROMPTS.value is not None:
-        source, target = Path(_PROMPTS.value), Path(flags.require(_OUTPUT))
+        source, target = Path(_PROMPTS.value), _files.output_file(_OUTPUT)
+        if target.exists() and target.samefile(source):
+            raise ValueError(f"--output={target}: is the file of --prompts; give another")
         rows = processes.once(lambda: list(read_rows(source)))
+    else:
+        flags.exclude([_OUTPUT, _AS_COMPLETED, _FULL_LOGPROBS], "--prompt", "its answer is printed")
     if not rows:
         raise ValueError(f"{_PROMPTS.value}: no rows; expected JSONL")
     model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
@@ -270,22 +274,28 @@ def main() -> None:
 
 
 def write(target: Path | None, rows: Iterable[Row]) -> list[str]:
-    """Write rows to a new file as they come, or print them; returns the errors among them.
+    """Write rows to a file as they come, or print them; returns the errors among them.
+
+    The first row replaces what was in the file.
 
     Raises:
         KeyboardInterrupt: a signal has come; says where the rows are.
     """
     if target is None:
         return [row["error"] for row in rows if not _is_printed(row)]
-    records.write_text(target, "")
-    errors = []
+    errors, begun = [], False
     try:
         for row in rows:
             errors += [row["error"]] if "error" in row else []
-            records.append_rows(target, [row])
+            if begun:
+                records.append_rows(target, [row])
+            else:
+                begun = True
+                records.write_text(target, records.to_line(row))
     except BaseException:
         if interruptions.received():
-            raise KeyboardInterrupt(f"the rows so far are in {target}") from None
+            where = f"the rows so far are in {target}" if begun else "no row was written"
+            raise KeyboardInterrupt(where) from None
         raise
     return errors
 

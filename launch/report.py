@@ -4,12 +4,10 @@ With --workdir: the report of a run. With --compare and --output: comparison.jso
 gains.png and report.html of two or more runs side by side.
 """
 
-from pathlib import Path
-
 from absl import flags as absl_flags
 
 from refine_af import comparison, comparison_report, report
-from refine_af.launch import flags
+from refine_af.launch import _files, flags
 
 _WORKDIR = absl_flags.DEFINE_string("workdir", None, "Directory of the run to report on.")
 _COMPARE = absl_flags.DEFINE_list(
@@ -30,9 +28,9 @@ def main() -> None:
     if (_WORKDIR.value is None) == (_COMPARE.value is None):
         raise ValueError("give --workdir, or --compare and --output; see --help")
     if _WORKDIR.value is not None:
-        print(report.write_report(Path(flags.require(_WORKDIR)).expanduser()))
+        print(report.write_report(_files.directory(_WORKDIR)))
         return
-    output = Path(flags.require(_OUTPUT)).expanduser()
+    output = _files.output_directory(_OUTPUT, "report")
     runs = [comparison.open_run(text) for text in _COMPARE.value or ()]
     found = comparison_report.write_comparison(runs, output, _SEED.value or 0)
     for pair in found["pairs"]:

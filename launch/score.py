@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags as absl_flags
 
 from refine_af import pipeline, records, rewards
-from refine_af.launch import flags
+from refine_af.launch import _files, flags
 from refine_af.models import processes
 from refine_af.progress import bar
 from refine_af.rewards import Example
@@ -25,10 +25,8 @@ _AT_ONCE = 256  # examples that the oracle is given together
 
 def main() -> None:
     """Score all rows and write them as a whole."""
-    source, target = Path(flags.require(_EXAMPLES)), Path(flags.require(_OUTPUT))
-    if target.is_dir():
-        raise ValueError(f"--output={target}: is a directory; expected a file to write")
-    rows = flags.read_input(source, ("instruction", "input", "output"))
+    source, target = Path(flags.require(_EXAMPLES)), _files.output_file(_OUTPUT)
+    rows = _files.read_input(source, ("instruction", "input", "output"))
     config = flags.experiment()
     known = target.with_name(f"{target.name}.scores")  # until all rows are scored
     oracle = pipeline.Run(config, target.parent).oracle(known)
@@ -38,6 +36,7 @@ def main() -> None:
         for first in range(0, len(rows), _AT_ONCE):
             some = examples[first : first + _AT_ONCE]
             parts.append(rewards.components(oracle, some))
+            rewards.combine(parts[-1], config.reward)  # or it is told now, not at the end
             if parts[-1].keys() != parts[0].keys():
                 raise ValueError(
                     f"reward oracle gave {sorted(parts[0])} first, then {sorted(parts[-1])}"

@@ -21,7 +21,7 @@ from refine_af import (
     trained_oracle,
 )
 from refine_af.config import Lora, Mesh, Model
-from refine_af.launch import flags
+from refine_af.launch import _files, flags
 from refine_af.models.convert import staged
 from refine_af.oracle_evaluation import Pair, Scores
 from refine_af.oracle_examples import Group
@@ -71,6 +71,12 @@ _AT_LEAST = absl_flags.DEFINE_float(
 )
 
 
+_TRAINING = (
+    *(_MODEL, _OUTPUT, _SEED, _NUM_EPOCHS, _LEARNING_RATE, _BATCH_SIZE, _MAX_LENGTH),
+    *(_LORA_RANK, _LORA_PATTERN),
+)
+
+
 def measure(oracle: TrainedOracle, pairs: list[Pair]) -> Scores:
     """Scores of all answers, with a bar."""
     answers = {p.better for p in pairs} | {p.worse for p in pairs}
@@ -101,7 +107,7 @@ def read_preferences(unseen: Sequence[SeedTask]) -> tuple[list[Group], list[Grou
     """(training, held out) of `--preferences`; says how many rows are left out."""
     if not _PREFERENCES.value:
         return [], []
-    rows = flags.read_input(Path(_PREFERENCES.value), ("prompt", "chosen", "rejected"))
+    rows = _files.read_input(Path(_PREFERENCES.value), ("prompt", "chosen", "rejected"))
     training, held_out = oracle_examples.preference_groups(rows, unseen)
     left_out = len(rows) - len(training) - len(held_out)
     if left_out:
@@ -115,6 +121,8 @@ def read_preferences(unseen: Sequence[SeedTask]) -> tuple[list[Group], list[Grou
 
 def main() -> None:
     """Train, store, measure what was stored; the directory appears when all of it is done."""
+    if _EVALUATE.value:
+        flags.exclude(_TRAINING, "--evaluate", "nothing is trained")
     tasks, unseen = oracle_examples.split(seeds.load(_SEED_TASKS.value))
     preferences, unseen_preferences = read_preferences(unseen)
     pairs = oracle_evaluation.corrupted_pairs(unseen, _NUM_DRAWS.value)

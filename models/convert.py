@@ -21,6 +21,7 @@ from refine_af.models.writing import check_space, writing
 
 # Beside the weights: tokenizers, chat templates, licences. Never code.
 _COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "LICENSE*")
+_WEIGHTS = ("*.safetensors", "*.bin")
 _LOCK = "lock"  # of a private directory
 _NOT_COPIED = {"config.json", hf.INDEX, tensor_files.TORCH_INDEX}
 
@@ -153,10 +154,19 @@ def _lock(path: Path, flags: int = 0) -> int:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not overwrite:
+    if not target.exists():
+        return
+    if not overwrite:
         raise ValueError(f"{target}: exists; give another target, or --overwrite to replace it")
-    if target.exists() and not (target / "config.json").is_file():
+    if not (target / "config.json").is_file():
         raise ValueError(f"{target}: not a model's directory; --overwrite does not replace it")
+    for path in sorted(target.iterdir()):
+        parts = (orbax_directory.PARAMS,) if path.is_dir() else (*_COMPANIONS, *_WEIGHTS)
+        if not any(map(path.match, parts)):
+            raise ValueError(
+                f"{target}: has {path.name}, which is no part of a model; --overwrite does not "
+                "replace it"
+            )
 
 
 def _write_companions(source: Source, directory: Path, dtype: str | None) -> None:

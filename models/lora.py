@@ -156,6 +156,8 @@ def read_peft(directory: Path, model: ModelConfig) -> tuple[LoraConfig, Params]:
     Raises:
         ValueError: an option is not supported, or the tensors are not those of every layer.
     """
+    if not (directory / _CONFIG).is_file():
+        raise ValueError(f"{directory}: no {_CONFIG} there; expected an adapter that peft wrote")
     raw = read_json(directory / _CONFIG)
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"{directory / _CONFIG}: peft_type={raw.get('peft_type')!r} is no LoRA")

@@ -83,11 +83,17 @@ def read(target: Path) -> list[Row]:
     """Rows of an arm's data set.
 
     Raises:
-        ValueError: it is not finished.
+        ValueError: it is not finished, or its rows are gone.
     """
     if not finished(target):
         raise ValueError(f"{target / FOLDER}: not finished; run generate_instances first")
-    return records.read_rows(target / FOLDER / f"{ROWS}.jsonl", ("instruction", "input", "output"))
+    path = target / FOLDER / f"{ROWS}.jsonl"
+    rows = records.read_rows(path, ("instruction", "input", "output"))
+    if not rows:
+        raise ValueError(
+            f"{path}: no rows; remove {target / FOLDER} and run generate_instances again"
+        )
+    return rows
 
 
 def write_dataset(made_of: Material, target: Path) -> None:

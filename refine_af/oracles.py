@@ -199,9 +199,12 @@ KINDS: dict[str, Callable[[str, Experiment, Callable[[], BaseModel]], Named]] = 
 def fingerprint(source: str) -> str:
     """Changes when a file in a directory is written; "" where there is none (a name, say)."""
     path = Path(source).expanduser()
-    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
+    found = sorted(path.rglob("*")) if path.is_dir() else [path]
     facts = [
-        (file.name, stat.st_size, stat.st_mtime_ns) for file in files for stat in [file.stat()]
+        (file.name, stat.st_size, stat.st_mtime_ns)
+        for file in found
+        if file.is_file()
+        for stat in [file.stat()]
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest() if facts else ""
 

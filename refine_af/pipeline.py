@@ -30,6 +30,7 @@ from refine_af import (
     oracles,
     other_sets,
     ppo_evaluation,
+    prompts,
     records,
     rlaf,
     seeds,
@@ -81,9 +82,9 @@ def _claim(config: Experiment, workdir: Path, force: bool) -> None:
         if where == path and not _has_results(workdir):
             continue
         if not force:
-            unlike = _unlike(known.get("config"), content["config"]) if where == path else ""
+            fields = unlike(known.get("config"), content["config"]) if where == path else ""
             raise ValueError(
-                f"{where}: this workdir was made with config {theirs}, not {mine}{unlike}; take "
+                f"{where}: this workdir was made with config {theirs}, not {mine}{fields}; take "
                 "another --workdir, or --force_config to go on with the new one"
             )
         earlier.add(theirs)
@@ -100,7 +101,7 @@ def _has_results(workdir: Path) -> bool:
     return any(path.name not in (CONFIG, TIMINGS) for path in files)
 
 
-def _unlike(theirs: Any, mine: dict[str, Any]) -> str:
+def unlike(theirs: Any, mine: dict[str, Any]) -> str:
     """The first fields in which two configs differ, for people."""
     there, here = (dict(_fields(config)) for config in (theirs, mine))
     names = [name for name in there | here if there.get(name) != here.get(name)]
@@ -165,7 +166,7 @@ class Run:
 
         Raises:
             ValueError: the oracle, a tracker or another set that the config names cannot be found,
-                or its mesh is not that of these devices.
+                too few seed tasks may be shown, or its mesh is not that of these devices.
         """
         trains = REFINE_AF in self.arms and {"generate_instructions", "train_ppo"} & {*names}
         writes = {"generate_instructions", "train_ppo", "generate_instances"} & {*names}
@@ -176,6 +177,7 @@ class Run:
         if REFINE_AF in self.arms and "train_ppo" in names:
             tracking.check(self.config.ppo)
         if writes and pending:
+            prompts.demos(self.seeds, self.config.prompts)
             mesh.make_mesh(self.config.mesh)
             processes.once(lambda: other_sets.check(self.config.dataset))
 
@@ -303,8 +305,11 @@ STAGES: dict[str, Callable[[Run], bool]] = {
 }
 
 
-def run_stage(run: Run, name: str) -> None:
+def run_stage(run: Run, name: str) -> bool:
     """Run one stage and add its wall time to the workdir's timings.
+
+    Returns:
+        Whether there was anything to do.
 
     Raises:
         ValueError: it ran out of memory; with advice.
@@ -323,6 +328,7 @@ def run_stage(run: Run, name: str) -> None:
             # Beside an error of the stage, another one of its timing is not worth telling.
             with contextlib.suppress(*(OSError, ValueError) if failing else ()):
                 processes.by_writer(lambda: _add_time(run.workdir / TIMINGS, name, spent))
+    return worked
 
 
 def _add_time(path: Path, name: str, seconds: float) -> None:

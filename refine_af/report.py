@@ -87,6 +87,8 @@ def write_report(workdir: Path) -> Path:
         )
     config = read_json(workdir / "config.json")
     sections = {name: _section(name, workdir) for name in _SECTIONS}
+    if not config and not any(sections.values()) and any(workdir.iterdir()):
+        raise ValueError(f"{workdir}: no run: expected its config.json or files of a stage")
     try:
         page = environment().get_template(_TEMPLATE).render(**sections, config=config)
     except (*_MALFORMED, ValueError) as error:

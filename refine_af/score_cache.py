@@ -102,14 +102,14 @@ class CachedOracle:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(self.path, timeout=60)) as database, database:
                 database.execute(
                     "CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, components TEXT)"
                 )
                 yield database
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise OracleError(f"{self.path}: no usable cache of scores ({error})") from None
         except (ValueError, RecursionError) as error:
             raise OracleError(f"{self.path}: damaged ({error}); remove the file") from None

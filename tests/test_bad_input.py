@@ -25,7 +25,7 @@ from refine_af.config_reading import from_dict
 from refine_af.configs import tiny
 from refine_af.http_oracle import HttpOracle
 from refine_af.instances import InstanceStage
-from refine_af.launch import flags
+from refine_af.launch import _files, flags
 from refine_af.models import convert, gguf, hf_config, sources, tensor_files
 from refine_af.models.byte_tokenizer import byte_tokenizer
 from refine_af.models.registry import PRESETS
@@ -63,7 +63,7 @@ def test_json_that_python_cannot_hold(value: str, tmp_path: Path) -> None:
 def test_a_row_with_what_could_not_be_written_again(value: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(f'{{"output": "a"}}\n{{"output": "b", "mine": {value}}}\n')
-    message = refusal(lambda: flags.read_input(path, ("output",)), f"{path}:2")
+    message = refusal(lambda: _files.read_input(path, ("output",)), f"{path}:2")
     assert "not valid JSON" in message
 
 

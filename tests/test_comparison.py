@@ -325,7 +325,9 @@ def test_report_compares_runs(program: Program, tmp_path: Path) -> None:
 
 def test_report_refuses_what_it_cannot_compare(program: Program, tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", base=BEFORE, refine_af=AFTER)
-    output = f"--output={tmp_path / 'out'}"
+    output, workdir = f"--output={tmp_path / 'out'}", tmp_path / "workdir"
+    workdir.mkdir()
+    (workdir / "config.json").touch()
     for arguments, message in [
         ((), "give --workdir, or --compare and --output; see --help"),
         ((f"--workdir={folder}", f"--compare={folder}"), "give --workdir, or --compare and --ou"),
@@ -333,6 +335,10 @@ def test_report_refuses_what_it_cannot_compare(program: Program, tmp_path: Path)
         ((f"--compare={folder}", output), "1 run to compare, expected at least two"),
         ((f"--compare={folder},{folder}", output), "runs to compare: "),
         ((f"--compare={folder},{tmp_path}/no", output), f"{tmp_path}/no/evaluation.json: no such "),
+        (
+            (f"--compare={folder},{folder}:base", f"--output={workdir}"),
+            f"--output={workdir}: the workdir of a run, whose own report these would replace; ",
+        ),
     ]:
         result = program("report", *arguments)
         assert (result.code, result.out, result.err.count("\n")) == (2, "", 1)

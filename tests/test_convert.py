@@ -256,9 +256,9 @@ def test_an_existing_target_is_refused_without_overwrite(tmp_path: Path) -> None
     convert.convert(source, tmp_path / "target")
     with pytest.raises(ValueError, match=r"target: exists; .*--overwrite"):
         convert.convert(source, tmp_path / "target")
-    (tmp_path / "target/old").touch()
+    (tmp_path / "target/old.json").touch()
     convert.convert(source, tmp_path / "target", overwrite=True)
-    assert not (tmp_path / "target/old").exists()
+    assert not (tmp_path / "target/old.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
@@ -269,6 +269,19 @@ def test_overwrite_never_removes_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="photos: not a model's directory"):
         convert.convert(source, tmp_path / "photos", overwrite=True)
     assert (tmp_path / "photos/cat.png").exists()
+
+
+@pytest.mark.parametrize("name", ["notes/thesis.txt", "ppo/metrics.jsonl", "README.md"])
+def test_overwrite_never_removes_what_lies_among_a_model_s_files(name: str, tmp_path: Path) -> None:
+    """A workdir has a config.json, too."""
+    source = sources.open_model(str(families.saved("llama2")))
+    convert.convert(source, tmp_path / "m")
+    (tmp_path / "m" / name).parent.mkdir(exist_ok=True)
+    (tmp_path / "m" / name).touch()
+    message = f"m: has {name.partition('/')[0]}, which is no part of a model"
+    with pytest.raises(ValueError, match=message):
+        convert.convert(source, tmp_path / "m", overwrite=True)
+    assert (tmp_path / "m" / name).exists()
 
 
 def content(folder: Path) -> dict[Path, bytes]:

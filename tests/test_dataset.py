@@ -175,6 +175,12 @@ def test_a_data_set_without_rows_is_refused(tmp_path: Path) -> None:
         dataset.read(tmp_path)
 
 
+def test_rows_that_are_gone_are_named(written: Path) -> None:
+    (written / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"train.jsonl: no rows; remove .*dataset and run"):
+        dataset.read(written.parent)
+
+
 # Card, statistics, figures
 
 

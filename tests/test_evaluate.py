@@ -91,7 +91,10 @@ def test_evaluate_asks_a_model_once(program: Program, tasks: Path, tmp_path: Pat
     before = {path: path.read_bytes() for path in output.iterdir()}
     assert program("evaluate", *arguments).out == first.out
     assert {path: path.read_bytes() for path in output.iterdir()} == before
-    message = (
-        f"{output / 'options.json'}: made with another model or options; take another --output"
-    )
+    where = f"{output / 'options.json'}: made with another model or options"
+    message = f"{where} (num_examples=2 there, 0 here); take another --output"
     assert program("evaluate", *arguments, "--num_examples=0") == refused(message)
+    given = f"--predictions={output / 'predictions.jsonl'}"
+    message = f"--output={output}: has the evaluation of a model; take another directory"
+    assert program("evaluate", given, f"--output={output}") == refused(message)
+    assert {path: path.read_bytes() for path in output.iterdir()} == before

@@ -46,7 +46,7 @@ from refine_af.base_model import BaseModel
 from refine_af.config import Experiment, Mesh, Model, config_hash
 from refine_af.config_reading import from_dict
 from refine_af.http_oracle import HttpOracle
-from refine_af.launch import flags
+from refine_af.launch import _files, flags
 from refine_af.requests import Completion
 from refine_af.rewards import Example
 from refine_af.score_cache import CachedOracle
@@ -87,7 +87,7 @@ def test_rows(content: bytes) -> None:
     path = written("rows.jsonl", content)
     for row in read(lambda: records.read_rows(path), path) or ():
         records.to_line(row).encode()
-    for row in read(lambda: flags.read_input(path, ("output",)), path) or ():
+    for row in read(lambda: _files.read_input(path, ("output",)), path) or ():
         assert isinstance(row["output"], str)
         records.to_line(row).encode()
     read(lambda: records.read_json(path), path)

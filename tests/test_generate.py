@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -63,18 +64,48 @@ def test_a_signal_says_where_the_rows_are(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here it comes after the first of three."""
-    append = records.append_rows
+    write = records.write_text
 
-    def append_then_stop(path: Path, rows: list[records.Row]) -> None:
-        append(path, rows)
+    def write_then_stop(path: Path, text: str) -> None:
+        write(path, text)
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(records, "append_rows", append_then_stop)
+    monkeypatch.setattr(records, "write_text", write_then_stop)
     prompts, output = jsonl(tmp_path / "rows", *3 * [{"prompt": "ab"}]), tmp_path / "out"
     result = program(*GENERATE, f"--prompts={prompts}", f"--output={output}")
     assert result.code == 143
     assert f"\nstopped; the rows so far are in {output}\n" in result.err
     assert len(records.read_rows(output)) == 1
+
+
+def test_what_was_there_stays_until_there_is_a_row(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> Iterator[object]:
+        signal.raise_signal(signal.SIGTERM)
+        yield
+
+    monkeypatch.setattr(Engine, "stream", stop)
+    prompts, output = jsonl(tmp_path / "rows", {"prompt": "ab"}), jsonl(tmp_path / "out", {"a": 1})
+    result = program(*GENERATE, f"--prompts={prompts}", f"--output={output}")
+    assert (result.code, result.err.splitlines()[-1]) == (143, "stopped; no row was written")
+    assert records.read_rows(output) == [{"a": 1}]
+
+
+def test_flags_that_would_lose_something_are_refused(program: Program, tmp_path: Path) -> None:
+    rows = jsonl(tmp_path / "rows", {"prompt": "ab"})
+    link = tmp_path / "link"
+    link.symlink_to(rows)
+    given = f"--prompts={rows}"
+    message = f"--output={link}: is the file of --prompts; give another"
+    assert program(*GENERATE, given, f"--output={link}") == refused(message)
+    message = f"--output={tmp_path}: is a directory; expected a file to write"
+    assert program(*GENERATE, given, f"--output={tmp_path}") == refused(message)
+    message = f"{tmp_path}: a directory; expected JSONL"
+    assert program(*GENERATE, f"--prompts={tmp_path}", f"--output={link}2") == refused(message)
+    message = "--output and --prompt exclude each other: its answer is printed"
+    assert program(*GENERATE, "--prompt=ab", f"--output={link}2") == refused(message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "rows"]
 
 
 def test_memory_that_runs_out_is_one_line_with_advice(
@@ -190,7 +221,7 @@ def test_generate_draws_samples_of_each_row_in_any_order(program: Program, tmp_p
 
 def test_generate_says_what_is_wrong_with_one_prompt(program: Program) -> None:
     assert program(*GENERATE, "--prompt=a", "--top_k=-1") == refused(
-        "row 0: top_k=-1: expected at least 0"
+        "top_k=-1: expected at least 0"
     )
 
 

@@ -21,7 +21,7 @@ from programs import Program, Result, jsonl, refused
 from refine_af import checkpoints, memory, mesh, pipeline, records, rlaf, tokens
 from refine_af import config as config_lib
 from refine_af.config import config_hash
-from refine_af.launch import flags
+from refine_af.launch import _files, flags
 
 TINY = flags.load_config("tiny")
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +53,12 @@ pytestmark = pytest.mark.usefixtures("only_its_own_flags")
             "--config.ppo.num_steps=abc: expected a whole number",
         ),
         ("--config.ppo.num_steps=0", "ppo.num_steps=0: expected at least 1"),
+        ("--profile_steps=many", "--profile_steps=many: expected a whole number"),
+        (
+            "--config.prompts.max_demo_chars=2",
+            "prompts.max_demo_chars=2: only 0 seed tasks are that short, prompts.num_demos=1 are "
+            "needed",
+        ),
         (
             "--config.mesh=data:3",
             "mesh data=3 fsdp=1 sequence=1 tensor=1: the product must be the number of devices, "
@@ -253,7 +259,7 @@ def test_rows_may_hold_any_line_break_but_a_newline_and_begin_with_a_mark(tmp_pa
     rows = [{"text": "a\u2028b\x85c\x0bd"}, {"text": "e"}]
     path = jsonl(tmp_path / "rows", *rows)
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert flags.read_input(path, ["text"]) == rows
+    assert _files.read_input(path, ["text"]) == rows
 
 
 # Faults

@@ -199,6 +199,11 @@ def test_an_adapter_that_would_mean_something_else_is_refused(
     assert message in str(error.value)
 
 
+def test_a_directory_without_an_adapter_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no adapter_config.json there; expected an adapter that"):
+        lora.read_peft(tmp_path, LLAMA)
+
+
 def test_missing_and_unexpected_factors_are_named_together(written: Path) -> None:
     path = written / "adapter_model.safetensors"
     tensors = load_file(path)

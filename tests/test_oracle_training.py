@@ -229,7 +229,8 @@ def test_reliability_by_hand() -> None:
 # The program
 
 
-TRAIN = ("train_oracle", "--model=random:tiny", "--num_draws=1", "--dtype=float32")
+MEASURE = ("train_oracle", "--num_draws=1", "--dtype=float32")
+TRAIN = (*MEASURE, "--model=random:tiny")
 SMALL = (*TRAIN, "--num_epochs=1", "--batch_size=8", "--max_length=512", "--lora_rank=2")
 
 
@@ -267,9 +268,9 @@ def test_the_program_writes_a_whole_oracle_and_measures_it(
     assert [row["step"] for row in steps] == list(range(len(steps)))
     assert json.loads((output / "oracle.json").read_text())["model"] == "random:tiny"
 
-    measured = program(*TRAIN, *data, f"--evaluate={output}")
+    measured = program(*MEASURE, *data, f"--evaluate={output}")
     assert (measured.code, measured.out.splitlines()) == (0, lines)
-    failed = program(*TRAIN, *data, f"--evaluate={output}", "--at_least=1.1")
+    failed = program(*MEASURE, *data, f"--evaluate={output}", "--at_least=1.1")
     assert failed.code == 1
     assert failed.err.endswith(" of all pairs, below --at_least=1.1\n")
 
@@ -315,6 +316,6 @@ def test_preferences_that_teach_nothing_or_tell_a_secret_are_left_out() -> None:
 
 def test_what_is_missing_is_named(program: Program, tmp_path: Path) -> None:
     assert program(*SMALL) == refused("--output is required; see --help")
-    assert program(*TRAIN, f"--evaluate={tmp_path}").err.startswith(
+    assert program(*MEASURE, f"--evaluate={tmp_path}").err.startswith(
         f"error: oracle {str(tmp_path)!r}: expected a directory with oracle.json, as train_oracle "
     )

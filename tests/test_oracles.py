@@ -306,7 +306,10 @@ def test_an_oracle_changes_its_identity_with_what_it_is(tmp_path: Path) -> None:
     file.write_text("a")
     before = oracles.fingerprint(str(tmp_path))
     file.write_text("ab")
-    assert before not in ("", oracles.fingerprint(str(tmp_path)))
+    after = oracles.fingerprint(str(tmp_path))
+    assert before not in ("", after)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    assert oracles.fingerprint(str(tmp_path)) == after
 
 
 def test_what_was_asked_ahead_is_there_when_it_is_wanted(tmp_path: Path) -> None:

@@ -159,6 +159,13 @@ def test_empty_workdir_names_every_stage_as_not_run(tmp_path: Path) -> None:
     assert "svg" not in {tag for tag, _ in page.tags}
 
 
+def test_a_directory_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"no run: expected its config\.json or files of"):
+        write_report(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 @pytest.mark.usefixtures("sketched")
 @pytest.mark.parametrize(
     ("file", "lost"),
