@@ -176,12 +176,14 @@ def sift(rows: Sequence[Row], options: DataSet) -> tuple[list[Row], list[Row]]:
             dropped.append({**row, **near, "reason": "in_another_set"})
     if options.filter == "none" or not kept:
         return kept, dropped
-    least = options.filter_at
     if options.filter == "share":
         count = math.ceil(Decimal(str(options.filter_at)) * len(kept))  # .07 of 100 is 7
-        least = sorted((row[REWARD] for row in kept), reverse=True)[count - 1]
-    low = [{**row, "reason": "low_reward"} for row in kept if row[REWARD] < least]
-    return [row for row in kept if row[REWARD] >= least], dropped + low
+        ranked = sorted(range(len(kept)), key=lambda i: -kept[i][REWARD])  # of equals the first
+        best = set(ranked[:count])
+    else:
+        best = {i for i, row in enumerate(kept) if row[REWARD] >= options.filter_at}
+    low = [{**row, "reason": "low_reward"} for i, row in enumerate(kept) if i not in best]
+    return [row for i, row in enumerate(kept) if i in best], dropped + low
 
 
 def alpaca(row: Row) -> Row:

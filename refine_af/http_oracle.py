@@ -22,8 +22,8 @@ class HttpOracle:
     """POST `{"examples": [{"instruction", "input", "output"}, ...]}` to `url`.
 
     The answer is `{"components": {name: [number, ...]}}` or `{"rewards": [number, ...]}`. A request
-    that finds nobody, a busy server or no answer in `timeout` seconds is made again, five times,
-    with growing pauses.
+    that finds nobody, a busy server or no beginning of an answer in `timeout` seconds is made
+    again, five times, with growing pauses. An answer that breaks off is an error.
     """
 
     url: str
@@ -58,6 +58,8 @@ class HttpOracle:
             response = session.post(self.url, json=body, timeout=self.timeout)
             response.raise_for_status()
             return self._read(response.json(), len(examples))
+        except requests.JSONDecodeError as error:
+            raise ValueError(f"{self.url}: its answer is no JSON ({error})") from None
         except requests.RequestException as error:
             status = None if error.response is None else error.response.status_code
             if status is not None and status < 500 and status not in _BUSY:

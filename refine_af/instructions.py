@@ -173,13 +173,15 @@ class InstructionStage:
     def _prompts(self) -> list[Prompt]:
         """The batch's prompts: 6 seeds and 2 generated instructions each, shuffled.
 
-        Seeds stand in while there are not enough generated ones.
+        Seeds stand in while there are not enough generated ones. Without a classification task
+        among the seeds none is asked for.
         """
         options = self.config.instructions
         rng = generator(self.config.seed, "instructions/demos", self.batch)
+        shown = any(seed.is_classification for seed in self.seeds)
         prompts = []
         for _ in range(options.batch_size):
-            wanted = bool(rng.random() < options.classification_share)
+            wanted = bool(rng.random() < options.classification_share) and shown
             seeds = [s for s in self.seeds if s.is_classification or not wanted]
             generated = [r for r in self.accepted if r["is_classification"] or not wanted]
             made = _pick(rng, generated, options.num_generated_demos)

@@ -43,13 +43,14 @@ def _short(number: float | None, digits: int = 3) -> str:
     """A number of so many significant digits, or of all that its integer part has."""
     if number is None:
         return _NONE
-    text = f"{number:,.0f}" if abs(number) >= 10**digits else f"{number:.{digits}g}"
+    large = abs(number) >= 10**digits - 0.5
+    text = f"{number:,.0f}" if large else f"{number:.{digits}g}"
     return text.replace("-", _MINUS)
 
 
 def _fixed(number: float | None, decimals: int) -> str:
     """A number with so many decimals."""
-    return _NONE if number is None else f"{number:.{decimals}f}".replace("-", _MINUS)
+    return _NONE if number is None else f"{number:z.{decimals}f}".replace("-", _MINUS)
 
 
 def _signed(number: float, decimals: int, sign: str = "+") -> str:

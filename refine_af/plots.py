@@ -36,6 +36,7 @@ FULL_WIDTH = 1000
 _HALF_WIDTH = 490
 _ROW_HEIGHT = 25  # of one bar or one pair of dots
 _MAX_LABEL = 46  # characters
+_MAX_OBJECT = 20
 _MAX_VERBS = 16
 _SHADES = (0.62, 0.52, 0.42, 0.33, 0.26)  # opacity of a verb's objects, most frequent first
 
@@ -358,7 +359,7 @@ def verbs(figure: Figure, counts: Mapping[tuple[str, str], int]) -> None:
     """
     objects: dict[str, Counter[str]] = defaultdict(Counter)
     for (verb, noun), count in counts.items():
-        objects[verb][noun] += count
+        objects[verb][_short(noun, _MAX_OBJECT)] += count
     ranked = sorted(objects.items(), key=lambda item: (-item[1].total(), item[0]))[:_MAX_VERBS]
     if not ranked:
         return

@@ -12,8 +12,9 @@ HEADER = "Come up with an example for each task: an input, which may be empty, a
 Pair = tuple[str, str]  # input and output of an answer
 UNREADABLE = ("unparsable", "empty_output")  # faults of an answer without an output
 _AROUND = " \"'\u201c\u201d\u2018\u2019.!?"  # quotes and the end of a sentence
-_INPUT = re.compile(r"^\s*Input:")  # a chat model says it again
-_OUTPUT = re.compile(r"\n\s*Output:")
+_INPUT = re.compile(r"^\s*Input\s*\d*\s*:")  # a chat model says it again
+_OUTPUT = re.compile(r"\n\s*Output\s*\d*\s*:")
+_ANOTHER = re.compile(r"\n\s*(?:Input|Output)\s*\d*\s*:")
 
 
 def demos(seeds: Sequence[SeedTask], options: config_lib.Prompts) -> list[SeedTask]:
@@ -57,12 +58,14 @@ def with_demos(instruction: str, picked: Sequence[SeedTask]) -> str:
 def parse_instance(completion: str, *, accept_unmarked: bool) -> Pair | None:
     """(input, output) of an answer, stripped; None when it has no `Output:`.
 
+    Where the model goes on with another pair, only the first counts, as in Self-Instruct.
+
     Args:
         accept_unmarked: take a text without `Output:` as the output of an empty input.
     """
     parts = _OUTPUT.split("\n" + completion, maxsplit=1)
     if len(parts) == 2:
-        return _INPUT.sub("", parts[0]).strip(), parts[1].strip()
+        return _INPUT.sub("", parts[0]).strip(), _ANOTHER.split(parts[1])[0].strip()
     return ("", completion.strip()) if accept_unmarked else None
 
 

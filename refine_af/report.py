@@ -189,7 +189,10 @@ def _held_out(workdir: Path) -> Section | None:
         **{key: found[key] for key in ("num_instructions", "num_samples", "difference")},
         "rows": [
             *((label, before[key], after[key]) for key, label in _FIGURES.items()),
-            *((n, before["components"].get(n), x) for n, x in after["components"].items()),
+            *(
+                (f"{name}, of usable ones", before["components"].get(name), x)
+                for name, x in after["components"].items()
+            ),
         ],
         "figure": Markup(plots.held_out(rewards)),
     }
@@ -349,13 +352,12 @@ def _first_and_last(rollouts: Iterable[Row]) -> list[tuple[int, list[Row]]]:
 
 
 def _predictions(rows: Iterable[Row]) -> list[Section]:
-    """The predictions of all arms for the first instance of each of some tasks."""
-    first: dict[str, Section] = {}
+    """The predictions of all arms for the first id of each of some tasks."""
+    found: dict[str, dict[str, Section]] = defaultdict(dict)
     for row in rows:
-        shown = first.setdefault(row["task"], {"task": row["task"], "id": row["id"], "arms": {}})
-        if row["id"] == shown["id"]:
-            shown["arms"][row["arm"]] = row["prediction"]
-    return [dict(row) for row in _spread(list(first.values()), _NUM_PREDICTIONS)]
+        new = {"task": row["task"], "id": row["id"], "arms": {}}
+        found[row["task"]].setdefault(row["id"], new)["arms"][row["arm"]] = row["prediction"]
+    return [tasks[min(tasks)] for tasks in _spread(list(found.values()), _NUM_PREDICTIONS)]
 
 
 def _extremes(rows: Sequence[Row]) -> list[tuple[str, list[float]]]:

@@ -137,6 +137,12 @@ def test_a_share_is_the_number_that_it_says(tmp_path: Path) -> None:
     assert len(dataset.read(tmp_path)) == 7
 
 
+def test_of_equal_rewards_a_share_keeps_the_first(tmp_path: Path) -> None:
+    rows = [{**row, "reward": 1.0} for row in ROWS]
+    dataset.write_dataset(options(made_of(rows, TASKS), filter="share", filter_at=0.5), tmp_path)
+    assert [row["output"] for row in dataset.read(tmp_path)] == [r["output"] for r in ROWS[:2]]
+
+
 def test_what_another_set_asks_for_goes(tmp_path: Path) -> None:
     """By a near-duplicate of the instruction, or of instruction and input together."""
     other = tmp_path / "mine.jsonl"

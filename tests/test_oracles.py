@@ -231,6 +231,22 @@ def test_a_server_that_does_not_answer_well(
     assert address in str(error.value)
 
 
+def test_an_answer_that_is_no_json_is_named() -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(ValueError, match="its answer is no JSON"):
+            HttpOracle(f"http://127.0.0.1:{server.server_port}/", timeout=5.0)(EXAMPLES)
+
+
 def test_no_server_and_a_slow_one(serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_oracle, "_BACKOFF", 0.01)
     with pytest.raises(ValueError, match=r"http://127\.0\.0\.1:1/, .*Max retries exceeded"):

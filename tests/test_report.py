@@ -19,7 +19,7 @@ from report_files import (
 )
 
 from refine_af import plots
-from refine_af.records import Row
+from refine_af.records import Row, read_json, read_rows, to_line
 from refine_af.report import write_report
 
 
@@ -127,6 +127,19 @@ def test_samples_of_every_stage(workdir: Path) -> None:
     assert "a a-0 base says 0 refine_af says 0" in text
     assert "says 1" not in text
     assert 'ppo.lora.rank = 16 ppo.sampling.stop = ["\\n"]' in text
+
+
+def test_a_fine_tuning_without_a_finite_loss_is_shown(workdir: Path) -> None:
+    path = workdir / "sft" / "metrics.jsonl"
+    rows = [{**row, "loss": None} for row in read_rows(path)]
+    path.write_text("".join(map(to_line, rows)))
+    assert "No training loss was finite" in read(workdir).text
+
+
+def test_scores_over_all_stand_below_those_of_tasks(workdir: Path) -> None:
+    scores = read_json(workdir / "evaluation.json")["arms"]["base"]["all"]
+    row = f"All instances {scores['instances']} {scores['rougeL']:.1f} {scores['exact_match']:.1f}"
+    assert read(workdir).text.count(row) == 2
 
 
 def test_data_sets_of_two_arms_stand_side_by_side(workdir: Path) -> None:
