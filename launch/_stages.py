@@ -1,6 +1,5 @@
 """What the stage programs do once their flags are parsed."""
 
-import functools
 from collections.abc import Sequence
 
 from absl import flags as absl_flags
@@ -27,19 +26,22 @@ def run(
     config = flags.experiment()
     job = pipeline.Run(config, directory, arms, profile_steps)
     job.check(names)
-    pipeline.claim(config, directory, force=force.value)
-    for name in names:
-        try:
-            worked = pipeline.run_stage(job, name)
-            if not worked and name not in _TELL:
-                done = f"{name}: nothing left to do in {directory}"
-                processes.by_writer(functools.partial(print, done))
-        except checkpoints.DamagedError:  # it was set aside: PPO goes on from the one before
-            if name != "generate_instances" or "train_ppo" not in names:
-                raise
-            for again in ("train_ppo", name):
-                pipeline.run_stage(job, again)
+    with pipeline.alone_in(directory):
+        pipeline.claim(config, directory, force=force.value)
+        for name in names:
+            try:
+                _run_stage(job, name)
+            except checkpoints.DamagedError:  # it was set aside: PPO goes on from the one before
+                if name != "generate_instances" or "train_ppo" not in names:
+                    raise
+                for again in ("train_ppo", name):
+                    _run_stage(job, again)
     return job
+
+
+def _run_stage(job: pipeline.Run, name: str) -> None:
+    if not pipeline.run_stage(job, name) and name not in _TELL:
+        processes.by_writer(lambda: print(f"{name}: nothing left to do in {job.workdir}"))
 
 
 def arms_flag() -> "FlagHolder[list[str]]":

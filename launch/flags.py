@@ -26,6 +26,7 @@ from refine_af.config_reading import from_dict
 from refine_af.models import processes
 from refine_af.models.one_line import one_line
 from refine_af.models.sources import cache_dir
+from refine_af.models.writing import WriteError
 
 _CONFIGS = Path(next(iter(configs.__path__)))
 _MOST_TEXT = 4000  # characters of an error
@@ -286,8 +287,8 @@ def start(
             processes.fail(f"exit status {error.code}", int(error.code))
         raise
     except Exception as error:
-        if interruptions.received():  # a library's way of saying so
-            _stopped(resumes)
+        if interruptions.received() and not isinstance(error, WriteError):
+            _stopped(resumes)  # a library's way of saying so
         text = one_line(error, _MOST_TEXT)
         if memory.ran_out(error):
             text = f"out of memory ({one_line(error, _MOST_REASON)}): {_lighter()}"

@@ -128,6 +128,8 @@ def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
 def _remove_abandoned(target: Path) -> None:
     """Clear away what killed writers of `target` have left: their lock is not held any more."""
     for private in target.parent.glob(f".{glob.escape(target.name)}.*"):
+        if "." in private.name.removeprefix(f".{target.name}."):
+            continue  # of a target whose name goes on: NAME.v2
         try:
             lock = _lock(private / _LOCK)
         except OSError:  # not one of ours, or at work

@@ -186,31 +186,36 @@ def once(action: Callable[[], T]) -> T:
         except Exception as error:
             fault, message = error, {"fault": _to_json(error)}
         text = json.dumps(message, default=lambda array: array.tolist())
-        client.key_value_set_bytes(call, text.encode())
+        client.key_value_set_bytes(f"{call}/data", text.encode())
+        client.key_value_set(f"{call}/there", "")
     else:
-        message = json.loads(_await(call))
+        _await(f"{call}/there")
+        message = json.loads(client.blocking_key_value_get_bytes(f"{call}/data", _DAY))
         if "fault" in message:
             fault = _from_json(message["fault"])
         else:
             result = message["result"]
     client.wait_at_barrier(call, _DAY)
     if is_writer():
-        client.key_value_delete(call)
+        client.key_value_delete(f"{call}/")
     if fault:
         raise fault
     return result
 
 
-def _await(call: str) -> bytes:
-    """What the writer says, however long that takes; Python's signals come between two looks."""
+def _await(key: str) -> None:
+    """Wait for a small value, however long that takes; Python's signals come between two looks.
+
+    A look's time is that of the transfer, too: a large value would never come.
+    """
     while True:
         try:
-            text: bytes = _client().blocking_key_value_get_bytes(call, _SLICE)
+            _client().blocking_key_value_get(key, _SLICE)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
         else:
-            return text
+            return
 
 
 def _to_json(error: Exception) -> dict[str, Any]:

@@ -11,12 +11,16 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RUST = re.compile(r"\(os error (\d+)\)$")  # as safetensors and tokenizers say it
 
 
+class WriteError(OSError):
+    """A file was not written; says which, and why."""
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """A block that writes `path`; errors of a write itself name no file.
 
     Raises:
-        OSError: the disk is full, or `path` cannot be written.
+        WriteError: the disk is full, or `path` cannot be written.
     """
     try:
         yield
@@ -27,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
         number = int(rust[1]) if rust else getattr(error, "errno", None)
         reason = getattr(error, "strerror", None) or error
         remedy = "; make room, then start the same command again" if number in _FULL else ""
-        raise OSError(f"{path}: cannot be written ({reason}){remedy}") from None
+        raise WriteError(f"{path}: cannot be written ({reason}){remedy}") from None
 
 
 def check_space(target: Path, needed: int) -> None:

@@ -80,8 +80,11 @@ def open_manager(
     try:
         yield manager
     finally:
-        finish(manager)
-        manager.close()
+        try:
+            finish(manager)
+        finally:
+            with _writing(directory):  # of a save that failed at once more writes are under way
+                manager.close()
 
 
 def check_space(manager: ocp.CheckpointManager, tree: Any, keep: int, *, beside: int = 0) -> None:
@@ -187,7 +190,7 @@ def _writing(directory: Path) -> Iterator[None]:
     except _NOT_OF_FILES:
         raise
     except Exception as error:
-        raise OSError(
+        raise writing.WriteError(
             f"{directory}: a checkpoint cannot be written ({one_line(error)}); the ones before it "
             "are whole"
         ) from None

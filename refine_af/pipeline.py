@@ -6,8 +6,10 @@ workdir: instructions, the evaluation and the report are of all arms.
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
+import os
 import sys
 import time
 from collections import Counter
@@ -44,6 +46,7 @@ from refine_af.finetuning import FinetuningStage
 from refine_af.instances import InstanceStage
 from refine_af.instructions import InstructionStage
 from refine_af.models import processes
+from refine_af.models.writing import writing
 from refine_af.report import write_report
 from refine_af.rewards import Oracle
 from refine_af.rlaf import RlafStage
@@ -51,6 +54,36 @@ from refine_af.seeds import SeedTask
 
 CONFIG = "config.json"
 TIMINGS = "timings.json"
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """A block in which no other program works in `workdir`: two would write into the same files.
+
+    Where the file system has no locks, nobody is kept out.
+
+    Raises:
+        ValueError: one is at work.
+        OSError: the directory cannot be made.
+    """
+
+    def lock() -> None:
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(workdir, os.O_RDONLY)
+        locks.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{workdir}: another program is at work there; wait for its end, or stop it"
+            ) from None
+        except OSError:
+            return
+
+    with contextlib.ExitStack() as locks:
+        processes.once(lock)
+        yield
 
 
 def claim(config: Experiment, workdir: Path, *, force: bool) -> None:

@@ -101,7 +101,8 @@ class RlafStage:
                 state = self._train(manager, first, state, log, looks)
             if options.keep_best:
                 looks[options.num_steps] = self._look(state).figures()["reward/mean"]
-                ppo_records.write_looks(self.workdir, looks)
+                earlier = {step: reward for step, reward in found.items() if step}
+                ppo_records.write_looks(self.workdir, earlier | looks)
                 checkpoints.finish(manager)
                 del state  # the best one takes its place
                 state = _best(manager, like, looks)

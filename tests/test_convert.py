@@ -288,6 +288,17 @@ def content(folder: Path) -> dict[Path, bytes]:
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+def test_what_was_kept_of_a_target_whose_name_goes_on_stays(tmp_path: Path) -> None:
+    old = tmp_path / ".m.v2.abcd1234/old"  # of a writer of m.v2 that was killed
+    old.mkdir(parents=True)
+    (old / "config.json").touch()
+    (old.parent / "lock").touch()
+    convert.convert(sources.open_model(str(families.saved("llama2"))), tmp_path / "m")
+    assert old.exists()
+    with convert.staged(tmp_path / "m.v2", overwrite=True):
+        assert (tmp_path / "m.v2").exists() and not old.exists()
+
+
 def test_what_lies_beside_the_target_stays(tmp_path: Path) -> None:
     source = sources.open_model(str(families.saved("llama2")))
     for name in ("m.old", "m.partial"):

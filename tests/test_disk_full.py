@@ -22,6 +22,7 @@ from refine_af.launch import flags
 from refine_af.models import convert, lora, sources, transformer
 from refine_af.models.config import LoraConfig
 from refine_af.models.weights import TreeWeights
+from refine_af.models.writing import WriteError
 from refine_af.rewards import Example
 from refine_af.score_cache import CachedOracle
 
@@ -50,14 +51,14 @@ class Disk(NamedTuple):
     mounted: bool
 
     @contextlib.contextmanager
-    def full(self) -> Iterator[None]:
+    def full(self, room: int = _ROOM) -> Iterator[None]:
         """It, or else each file of this process, takes next to nothing any more."""
         filler, limit = self.folder / "filler", resource.getrlimit(resource.RLIMIT_FSIZE)
         if self.mounted:
             status = os.statvfs(self.folder)
-            filler.write_bytes(bytes(status.f_bavail * status.f_frsize - _ROOM))
+            filler.write_bytes(bytes(status.f_bavail * status.f_frsize - room))
         else:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (_ROOM, limit[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
         try:
             yield
         finally:
@@ -144,6 +145,13 @@ def content(folder: Path) -> dict[str, bytes]:
                 data = data[: data.rfind(b"\n") + 1]
             found[str(path.relative_to(folder))] = data
     return found
+
+
+def test_a_disk_without_any_room_is_one_line_too(disk: Disk) -> None:
+    """Then a save fails at once, while more of its writes are under way."""
+    write_checkpoint(disk.folder, 0)
+    with pytest.raises(WriteError, match="a checkpoint cannot be written"), disk.full(0):
+        write_checkpoint(disk.folder, 1)
 
 
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)

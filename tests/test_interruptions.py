@@ -4,14 +4,16 @@ import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import Program
+from programs import Program, refused
 
-from refine_af import interruptions
+from refine_af import interruptions, report
 from refine_af.launch import flags
+from refine_af.models.writing import WriteError
 
 pytestmark = pytest.mark.usefixtures("own_handlers")
 
@@ -64,6 +66,22 @@ def test_other_lost_exceptions_are_reported(leftover: BaseException) -> None:
 
 def test_what_orbax_leaves_behind_is_not_reported() -> None:
     assert not heard_of(RuntimeError("Event loop is closed"))
+
+
+@pytest.mark.usefixtures("only_its_own_flags")
+def test_a_file_that_is_not_written_is_told_of_though_a_signal_came(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What SIGTERM would have saved is not saved: that is no success."""
+
+    def fail(_: Path) -> None:
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        raise WriteError("x: cannot be written (no room)")
+
+    monkeypatch.setattr(report, "write_report", fail)
+    found = program("report", f"--workdir={tmp_path}")
+    assert found == refused("x: cannot be written (no room)")
 
 
 @pytest.mark.usefixtures("only_its_own_flags")

@@ -138,6 +138,15 @@ def test_a_workdir_goes_on_with_another_mesh(program: Program, tmp_path: Path) -
     assert records.read_json(tmp_path / "config.json")["config"]["mesh"]["data"] == 2
 
 
+def test_a_second_program_in_a_workdir_is_refused(program: Program, tmp_path: Path) -> None:
+    with pipeline.alone_in(tmp_path):
+        message = f"{tmp_path}: another program is at work there; wait for its end, or stop it"
+        assert program(*STAGE, f"--workdir={tmp_path}") == refused(message)
+    assert not list(tmp_path.iterdir())
+    with pipeline.alone_in(tmp_path):  # free again
+        pass
+
+
 def test_checkpoints_of_another_config_are_refused_unless_forced(tmp_path: Path) -> None:
     """Once forced, the workdir remembers."""
     folder = tmp_path / rlaf.CHECKPOINTS

@@ -46,15 +46,22 @@ def test_an_error_is_of_its_kind_on_the_other_side(error: Exception, kind: type[
 
 
 class SlowWriter:
-    """A client whose key is there at the third look, none of which may be long."""
+    """A client whose keys are there at the third look, none of which may be long.
+
+    What is there may take long to come.
+    """
 
     looks = 0
 
-    def blocking_key_value_get_bytes(self, _: str, milliseconds: int) -> bytes:
+    def blocking_key_value_get(self, _: str, milliseconds: int) -> str:
         assert milliseconds <= 1000
         self.looks += 1
         if self.looks < 3:
             raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+        return ""
+
+    def blocking_key_value_get_bytes(self, _: str, milliseconds: int) -> bytes:
+        assert self.looks == 3 and milliseconds > 60_000
         return b'{"result": 5}'
 
     def wait_at_barrier(self, *_: Any) -> None:

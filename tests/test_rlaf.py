@@ -122,7 +122,7 @@ def test_the_best_policy_is_kept_and_taken(
     mine.run()
     folder = tmp_path / "ppo/checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
-    assert ppo_records.read_looks(tmp_path) == {2: 3, 3: 2, 4: 1.5}
+    assert ppo_records.read_looks(tmp_path) == {1: 1, 2: 3, 3: 2, 4: 1.5}
     assert_equal(rlaf.tuned_policy(mine.config, base(), tmp_path), sampling_params(folder, 2))
     damage(folder / "2")
     assert_equal(rlaf.tuned_policy(mine.config, base(), tmp_path), sampling_params(folder, 4))
