@@ -59,7 +59,7 @@ def output_directory(holder: "FlagHolder[str | None]", what: str) -> Path:
 
 
 def directory(holder: "FlagHolder[str | None]") -> Path:
-    """Directory that is there or can be made.
+    """Path of a directory, which need not be there yet.
 
     Raises:
         ValueError: it is not given, or a file.

@@ -8,10 +8,9 @@ from absl.flags import FlagHolder
 from refine_af import checkpoints, pipeline
 from refine_af.arms import ARMS, REFINE_AF
 from refine_af.launch import _files, flags
-from refine_af.models import processes
 from refine_af.validation import require_one_of
 
-_TELL = ("evaluate", "report")  # what is there, whenever they are asked
+_TELL = ("evaluate", "report")  # they print a result also where there was nothing to do
 
 
 def run(
@@ -41,7 +40,7 @@ def run(
 
 def _run_stage(job: pipeline.Run, name: str) -> None:
     if not pipeline.run_stage(job, name) and name not in _TELL:
-        processes.by_writer(lambda: print(f"{name}: nothing left to do in {job.workdir}"))
+        print(f"{name}: nothing to do in {job.workdir}")
 
 
 def arms_flag() -> "FlagHolder[list[str]]":

@@ -17,7 +17,12 @@ _DTYPE = absl_flags.DEFINE_enum(
     ["float32", "bfloat16", "float16"],
     "Of the written weights; default: as stored, float32 for GGUF.",
 )
-_OVERWRITE = absl_flags.DEFINE_bool("overwrite", False, "Replace a model that is at the target.")
+_OVERWRITE = absl_flags.DEFINE_bool(
+    "overwrite",
+    False,
+    "Replace a model that is at the target, with all JSON and text files beside it; refused where "
+    "anything else lies there.",
+)
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ def main() -> None:
     )
     tasks = evaluation.load_tasks(options)
     if _PREDICTIONS.value:
-        rows = _files.read_input(Path(_PREDICTIONS.value), ("id", "prediction"))
+        rows = _files.read_input(Path(_PREDICTIONS.value).expanduser(), ("id", "prediction"))
         found = {row["id"]: row["prediction"] for row in rows}
         if len(found) < len(rows):
             again = len(rows) - len(found)

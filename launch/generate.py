@@ -19,6 +19,7 @@ from refine_af.config_reading import from_dict
 from refine_af.launch import _files, flags
 from refine_af.models import lora, processes
 from refine_af.models.transformer import Params
+from refine_af.models.writing import WriteError
 from refine_af.progress import bar
 from refine_af.requests import Completion, Request
 
@@ -251,10 +252,11 @@ def main() -> None:
         raise ValueError("give either --prompt TEXT or --prompts FILE.jsonl")
     rows, target = [({"prompt": _PROMPT.value}, "")], None
     if _PROMPTS.value is not None:
-        source, target = Path(_PROMPTS.value), _files.output_file(_OUTPUT)
+        source = Path(_PROMPTS.value).expanduser()
+        rows = processes.once(lambda: list(read_rows(source)))
+        target = _files.output_file(_OUTPUT)
         if target.exists() and target.samefile(source):
             raise ValueError(f"--output={target}: is the file of --prompts; give another")
-        rows = processes.once(lambda: list(read_rows(source)))
     else:
         flags.exclude([_OUTPUT, _AS_COMPLETED, _FULL_LOGPROBS], "--prompt", "its answer is printed")
     if not rows:
@@ -287,13 +289,14 @@ def write(target: Path | None, rows: Iterable[Row]) -> list[str]:
     try:
         for row in rows:
             errors += [row["error"]] if "error" in row else []
-            if begun:
-                records.append_rows(target, [row])
-            else:
+            with interruptions.held():  # or what is said below might not be so
+                if begun:
+                    records.append_rows(target, [row])
+                else:
+                    records.write_text(target, records.to_line(row))
                 begun = True
-                records.write_text(target, records.to_line(row))
-    except BaseException:
-        if interruptions.received():
+    except BaseException as error:
+        if interruptions.received() and not isinstance(error, WriteError):
             where = f"the rows so far are in {target}" if begun else "no row was written"
             raise KeyboardInterrupt(where) from None
         raise

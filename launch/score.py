@@ -25,7 +25,7 @@ _AT_ONCE = 256  # examples that the oracle is given together
 
 def main() -> None:
     """Score all rows and write them as a whole."""
-    source, target = Path(flags.require(_EXAMPLES)), _files.output_file(_OUTPUT)
+    source, target = Path(flags.require(_EXAMPLES)).expanduser(), _files.output_file(_OUTPUT)
     rows = _files.read_input(source, ("instruction", "input", "output"))
     config = flags.experiment()
     known = target.with_name(f"{target.name}.scores")  # until all rows are scored
@@ -36,7 +36,7 @@ def main() -> None:
         for first in range(0, len(rows), _AT_ONCE):
             some = examples[first : first + _AT_ONCE]
             parts.append(rewards.components(oracle, some))
-            rewards.combine(parts[-1], config.reward)  # or it is told now, not at the end
+            rewards.combine(parts[-1], config.reward)  # raises now what it would at the end
             if parts[-1].keys() != parts[0].keys():
                 raise ValueError(
                     f"reward oracle gave {sorted(parts[0])} first, then {sorted(parts[-1])}"

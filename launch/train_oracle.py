@@ -107,7 +107,9 @@ def read_preferences(unseen: Sequence[SeedTask]) -> tuple[list[Group], list[Grou
     """(training, held out) of `--preferences`; says how many rows are left out."""
     if not _PREFERENCES.value:
         return [], []
-    rows = _files.read_input(Path(_PREFERENCES.value), ("prompt", "chosen", "rejected"))
+    rows = _files.read_input(
+        Path(_PREFERENCES.value).expanduser(), ("prompt", "chosen", "rejected")
+    )
     training, held_out = oracle_examples.preference_groups(rows, unseen)
     left_out = len(rows) - len(training) - len(held_out)
     if left_out:

@@ -83,7 +83,7 @@ def open_manager(
         try:
             finish(manager)
         finally:
-            with _writing(directory):  # of a save that failed at once more writes are under way
+            with _writing(directory):  # after a save that failed at once others may be writing
                 manager.close()
 
 

@@ -199,7 +199,8 @@ class Run:
 
         Raises:
             ValueError: the oracle, a tracker or another set that the config names cannot be found,
-                too few seed tasks may be shown, or its mesh is not that of these devices.
+                too few seed tasks are short enough to be shown, or its mesh is not that of these
+                devices.
         """
         trains = REFINE_AF in self.arms and {"generate_instructions", "train_ppo"} & {*names}
         writes = {"generate_instructions", "train_ppo", "generate_instances"} & {*names}

@@ -41,6 +41,7 @@ _MAX_EXAMPLE = 160  # characters of the example of a drop reason
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, jinja2.UndefinedError)
 
 # Figures of answers to held-out instructions.
+_PAGE = "report.html"
 _FIGURES = {
     "reward": "reward",
     "kl": "KL from the starting model (nats per answer)",
@@ -87,7 +88,8 @@ def write_report(workdir: Path) -> Path:
         )
     config = read_json(workdir / "config.json")
     sections = {name: _section(name, workdir) for name in _SECTIONS}
-    if not config and not any(sections.values()) and any(workdir.iterdir()):
+    others = any(path.name != _PAGE for path in workdir.iterdir())
+    if not config and not any(sections.values()) and others:
         raise ValueError(f"{workdir}: no run: expected its config.json or files of a stage")
     try:
         page = environment().get_template(_TEMPLATE).render(**sections, config=config)
@@ -95,7 +97,7 @@ def write_report(workdir: Path) -> Path:
         raise ValueError(
             f"{workdir}: a file in it is not as the stages write it ({error})"
         ) from error
-    path = workdir / "report.html"
+    path = workdir / _PAGE
     write_text(path, page)
     return path
 
@@ -352,12 +354,12 @@ def _first_and_last(rollouts: Iterable[Row]) -> list[tuple[int, list[Row]]]:
 
 
 def _predictions(rows: Iterable[Row]) -> list[Section]:
-    """The predictions of all arms for the first id of each of some tasks."""
+    """All arms' predictions for the instance with the smallest id, of some tasks."""
     found: dict[str, dict[str, Section]] = defaultdict(dict)
     for row in rows:
         new = {"task": row["task"], "id": row["id"], "arms": {}}
         found[row["task"]].setdefault(row["id"], new)["arms"][row["arm"]] = row["prediction"]
-    return [tasks[min(tasks)] for tasks in _spread(list(found.values()), _NUM_PREDICTIONS)]
+    return [by_id[min(by_id)] for by_id in _spread(list(found.values()), _NUM_PREDICTIONS)]
 
 
 def _extremes(rows: Sequence[Row]) -> list[tuple[str, list[float]]]:

@@ -272,7 +272,7 @@ def test_overwrite_never_removes_what_is_no_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["notes/thesis.txt", "ppo/metrics.jsonl", "README.md"])
-def test_overwrite_never_removes_what_lies_among_a_model_s_files(name: str, tmp_path: Path) -> None:
+def test_overwrite_refuses_a_directory_with_what_no_model_has(name: str, tmp_path: Path) -> None:
     """A workdir has a config.json, too."""
     source = sources.open_model(str(families.saved("llama2")))
     convert.convert(source, tmp_path / "m")

@@ -101,6 +101,8 @@ def test_flags_that_would_lose_something_are_refused(program: Program, tmp_path:
     assert program(*GENERATE, given, f"--output={link}") == refused(message)
     message = f"--output={tmp_path}: is a directory; expected a file to write"
     assert program(*GENERATE, given, f"--output={tmp_path}") == refused(message)
+    message = f"{link}3: no such file; expected JSONL"
+    assert program(*GENERATE, f"--prompts={link}3", f"--output={link}") == refused(message)
     message = f"{tmp_path}: a directory; expected JSONL"
     assert program(*GENERATE, f"--prompts={tmp_path}", f"--output={link}2") == refused(message)
     message = "--output and --prompt exclude each other: its answer is printed"

@@ -115,7 +115,8 @@ def test_the_program_pushes_the_data_set_of_a_run_that_is_done(
         "--arms=self_instruct",
         "--push_to_hub=me/poems",
     )
-    assert result == (0, "pushed: https://hub.example/datasets/me/poems\n", "")
+    done = f"generate_instances: nothing to do in {tmp_path}\n"
+    assert result == (0, f"{done}pushed: https://hub.example/datasets/me/poems\n", "")
     assert taken.files["me/poems"]["README.md"] == (arm / "dataset/README.md").read_bytes()
 
 

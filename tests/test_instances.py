@@ -289,6 +289,14 @@ def test_with_another_batch_size_no_instruction_is_left_out_or_asked_twice(
     assert Counter(row["id"] for row in rows) == {task["id"]: 4 for task in TASKS}
 
 
+@pytest.mark.parametrize("row", [{"batch": 1}, {"batch": 1, "id": [3]}], ids=["none", "list"])
+def test_rows_without_an_id_are_named(row: dict[str, Any], tmp_path: Path) -> None:
+    newest = {"batch": 2, "id": "t9"}
+    (tmp_path / instances.ACCEPTED).write_text(records.to_line(row) + records.to_line(newest))
+    with pytest.raises(ValueError, match=rf"{instances.ACCEPTED}:1: 'id' (is missing|must be)"):
+        run(tmp_path)
+
+
 def test_a_row_names_its_prompt_and_the_seeds_in_it(tmp_path: Path) -> None:
     requests = [request for batch in run(tmp_path) for request in batch]
     texts = [byte_tokenizer().decode(request.prompt_ids) for request in requests]

@@ -138,6 +138,14 @@ def test_a_workdir_goes_on_with_another_mesh(program: Program, tmp_path: Path) -
     assert records.read_json(tmp_path / "config.json")["config"]["mesh"]["data"] == 2
 
 
+def test_a_stage_without_work_says_so(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "run_stage", lambda *_: False)
+    found = program(*STAGE, f"--workdir={tmp_path}")
+    assert found == (0, f"train_ppo: nothing to do in {tmp_path}\n", "")
+
+
 def test_a_second_program_in_a_workdir_is_refused(program: Program, tmp_path: Path) -> None:
     with pipeline.alone_in(tmp_path):
         message = f"{tmp_path}: another program is at work there; wait for its end, or stop it"
