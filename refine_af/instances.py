@@ -51,11 +51,11 @@ class InstanceStage:
         """Write and filter answers to all instructions; `params` are with the adapter."""
         paths = [self.workdir / ACCEPTED, self.workdir / REJECTED]
         size = self.config.instances.batch_size
-        first, _ = records.resume(paths)
+        first, found = records.resume(paths, strings=("id",))
         answers = self.config.instances.answers_per_instruction
         rows = min(size, len(self.instructions)) * answers
         engine = self.base.engine(rows)
-        total, done = len(self.instructions), self._num_done(paths)
+        total, done = len(self.instructions), self._num_done(found)
         with bar("instances", total=total, unit="instruction", done=done) as progress:
             for batch, start in enumerate(range(done, total, size), first):
                 tasks = self.instructions[start : start + size]
@@ -68,11 +68,11 @@ class InstanceStage:
                 records.append_rows(paths[0], kept)
                 progress.update(len(tasks))
 
-    def _num_done(self, paths: Iterable[Path]) -> int:
+    def _num_done(self, found: Iterable[Iterable[Row]]) -> int:
         """Instructions that rows were written for, in batches of whatever size."""
         numbers = {task["id"]: number for number, task in enumerate(self.instructions)}
-        ids = (row["id"] for path in paths for row in records.read_rows(path, ("id",)))
-        return 1 + max((numbers.get(name, -1) for name in ids), default=-1)
+        known = (numbers.get(row["id"], -1) for rows in found for row in rows)
+        return 1 + max(known, default=-1)
 
     def _asked(self, batch: int, row: int, tasks: Sequence[Row]) -> list[_Asked]:
         """One request for each answer wanted, each with its own demonstrations and seed."""

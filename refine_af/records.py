@@ -171,8 +171,13 @@ def _write(path: Path, mode: str, data: bytes) -> None:
             os.fsync(file.fileno())
 
 
-def resume(paths: Sequence[Path], key: str = "batch") -> tuple[int, list[list[Row]]]:
+def resume(
+    paths: Sequence[Path], key: str = "batch", strings: Sequence[str] = ()
+) -> tuple[int, list[list[Row]]]:
     """First batch that has to be made (again), and the rows of the ones before, by file.
+
+    Args:
+        strings: as of `read_rows`.
 
     Raises:
         ValueError: as `read_rows`, or a row has no number.
@@ -186,7 +191,7 @@ def resume(paths: Sequence[Path], key: str = "batch") -> tuple[int, list[list[Ro
     first = processes.once(newest)
     for path in paths:
         cut(path, first, key)
-    return first, [read_rows(path) for path in paths]
+    return first, [read_rows(path, strings) for path in paths]
 
 
 def cut(path: Path, first: float = math.inf, key: str = "batch") -> None:
