@@ -38,7 +38,7 @@ class Question:
     """One instance with its prompt."""
 
     task: str
-    id: str
+    instance: Instance
     prompt_ids: tuple[int, ...]
 
 
@@ -81,7 +81,7 @@ def questions(
             ids = ask(task, instance)
             if len(ids) > room:
                 ids, num_cut = ask(task, _shortened(task, instance, ask, room)), num_cut + 1
-            found.append(Question(task.name, instance.id, tuple(ids)))
+            found.append(Question(task.name, instance, tuple(ids)))
     if num_cut:
         logging.warning(
             "evaluation: the ends of %d inputs were cut off, which left no room for %d tokens in "
@@ -90,7 +90,7 @@ def questions(
             options.max_new_tokens,
             context,
         )
-    return sorted(found, key=lambda q: (len(q.prompt_ids), q.task, q.id))
+    return sorted(found, key=lambda q: (len(q.prompt_ids), q.task, q.instance.id))
 
 
 def _shortened(
@@ -130,7 +130,7 @@ def predict(
     with bar(f"evaluate {arm}", total=len(asked), unit="answer") as progress:
         for first in range(0, len(asked), size):
             batch = asked[first : first + size]
-            missing = [q for q in batch if (q.task, q.id) not in known]
+            missing = [q for q in batch if (q.task, q.instance.id) not in known]
             if missing:
                 # The whole batch is asked again, so that its numerics are those of one go.
                 answers = engine.generate(
@@ -139,19 +139,20 @@ def predict(
                     progress.count_tokens,
                 )
                 texts = dict(zip(batch, answers, strict=True))
-                records.append_rows(
-                    path,
-                    [
-                        {
-                            "arm": arm,
-                            "task": q.task,
-                            "id": q.id,
-                            "prediction": texts[q].text.strip(),
-                        }
-                        for q in missing
-                    ],
-                )
+                records.append_rows(path, [_row(arm, q, texts[q].text.strip()) for q in missing])
             progress.update(len(batch))
+
+
+def _row(arm: str, question: Question, prediction: str) -> records.Row:
+    instance = question.instance
+    return {
+        "arm": arm,
+        "task": question.task,
+        "id": instance.id,
+        "input": instance.input,
+        "references": list(instance.references),
+        "prediction": prediction,
+    }
 
 
 def write_scores(tasks: Sequence[Task], predictions: Path, target: Path) -> dict[str, Any]:

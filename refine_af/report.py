@@ -357,7 +357,7 @@ def _predictions(rows: Iterable[Row]) -> list[Section]:
     """All arms' predictions for the instance with the smallest id, of some tasks."""
     found: dict[str, dict[str, Section]] = defaultdict(dict)
     for row in rows:
-        new = {"task": row["task"], "id": row["id"], "arms": {}}
+        new = {key: row.get(key) for key in ("task", "id", "input", "references")} | {"arms": {}}
         found[row["task"]].setdefault(row["id"], new)["arms"][row["arm"]] = row["prediction"]
     return [by_id[min(by_id)] for by_id in _spread(list(found.values()), _NUM_PREDICTIONS)]
 

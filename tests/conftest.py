@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from xla_flags import LITTLE_OPTIMIZATION
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # cuda: the tests that need a GPU run, too
-# Compiling takes most of the time. What was compiled is kept until the end.
+# Compiling takes most of the time. What was compiled is kept until the end, for all workers.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
@@ -16,13 +16,18 @@ os.environ["XLA_FLAGS"] = " ".join(
         LITTLE_OPTIMIZATION,
     ]
 )
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="refine-af-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = (
+    os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if "PYTEST_XDIST_WORKER" in os.environ
+    else tempfile.mkdtemp(prefix="refine-af-compiled-")
+)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
 import jax
 import pytest
+import xdist
 
 pytest_plugins = ["programs", "runs"]  # their fixtures
 
@@ -35,8 +40,9 @@ hypothesis.settings.register_profile("long", deadline=None, max_examples=2000, p
 hypothesis.settings.load_profile("refine_af")
 
 
-def pytest_sessionfinish() -> None:
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not xdist.is_xdist_worker(session):
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

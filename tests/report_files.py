@@ -167,7 +167,14 @@ def write_workdir(path: Path) -> Path:
     append_rows(
         path / "predictions.jsonl",
         [
-            {"arm": arm, "task": "a", "id": f"a-{i}", "prediction": f"{arm} says {i}"}
+            {
+                "arm": arm,
+                "task": "a",
+                "id": f"a-{i}",
+                "input": f"question {i}",
+                "references": [f"answer {i}", "or <this>"],
+                "prediction": f"{arm} says {i}",
+            }
             for arm in arms
             for i in range(2)
         ],

@@ -27,7 +27,7 @@ def task(definition: str = "Say it.") -> Task:
 
 
 def text_of(found: list[evaluation.Question], id: str) -> str:
-    (question,) = [q for q in found if q.id == id]
+    (question,) = [q for q in found if q.instance.id == id]
     return str(byte_tokenizer().decode(question.prompt_ids, skip_special_tokens=True))
 
 

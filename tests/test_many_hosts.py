@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 import pytest
 from runs import rows_without_times
 from safetensors.numpy import load_file
-from xla_flags import LITTLE_OPTIMIZATION
+from xla_flags import SOME_OPTIMIZATION
 
 from refine_af import checkpoints, records, seeds
 
@@ -81,9 +81,8 @@ class Process:
         self.log = scratch / f"{time.monotonic_ns()}"
         self.began = time.monotonic()
         environment = os.environ | {
-            "XLA_FLAGS": LITTLE_OPTIMIZATION,
+            "XLA_FLAGS": SOME_OPTIMIZATION,
             "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_COMPILATION_CACHE_DIR": str(scratch / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "ASKED": str(self.log.with_suffix(".asked")),
         }

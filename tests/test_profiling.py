@@ -3,13 +3,14 @@
 import contextlib
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from programs import Program
-from runs import Programs
+from runs import Done, Programs
 
 from refine_af.profiling import Profile
 
@@ -53,13 +54,16 @@ def test_a_trace_ends_with_the_run_that_fails(tmp_path: Path) -> None:
     assert list(Profile(tmp_path / "next", 1).over(range(3))) == [0, 1, 2]  # it can trace again
 
 
-def test_programs_trace_training(programs: Programs, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_programs_trace_training(undisturbed: Done, programs: Programs, tmp_path: Path) -> None:
     """On one device: eight take minutes to compile."""
-    little = ("--config.ppo.num_eval_prompts=0", "--config.ppo.eval_every=0")
-    ended = programs.run("pipeline", tmp_path, "--profile_steps=1", *little)
-    assert ended.code == 0, ended.err
-    assert step_names(tmp_path / "ppo/profile") == {"2"}
-    assert step_names(tmp_path / "sft/profile") == {"2"}
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed.workdir, workdir)
+    for program, folder in (("train_ppo", "ppo"), ("finetune", "sft")):
+        shutil.rmtree(workdir / folder)
+        ended = programs.run(program, workdir, "--profile_steps=1")
+        assert ended.code == 0, ended.err
+        assert step_names(workdir / folder / "profile") == {"2"}
 
 
 def test_a_negative_number_of_steps_is_refused(program: Program, tmp_path: Path) -> None:

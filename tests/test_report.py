@@ -124,7 +124,7 @@ def test_samples_of_every_stage(workdir: Path) -> None:
     assert (
         "Write a story. 2 not usable completion of step 1 \N{MINUS SIGN}1.00 4 much later" in text
     )
-    assert "a a-0 base says 0 refine_af says 0" in text
+    assert "a a-0 question 0 answer 0 or <this> base says 0 refine_af says 0" in text
     assert "says 1" not in text
     assert 'ppo.lora.rank = 16 ppo.sampling.stop = ["\\n"]' in text
 
