@@ -125,11 +125,9 @@ class BaseModel:
         (docs/sampling.md).
         """
         config = dataclasses.replace(self.config, int8_weights=int8_weights)
-        shardings = mesh_lib.param_shardings(
-            config, None, self.mesh, stacked=False, rules=mesh_lib.SAMPLING_RULES
-        )[0]
+        shardings = _sampling_shardings(config, self.mesh)
         lora = lora_config(options) if options and adapter else None
-        return _relay(self.params, adapter or {}, lora, int8_weights, _Frozen(shardings))
+        return _relay(self.params, adapter or {}, lora, int8_weights, shardings)
 
 
 class _Frozen:
@@ -145,6 +143,12 @@ class _Frozen:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Frozen) and self._key == other._key
+
+
+@functools.cache  # a model is traced for them, which takes the host a second
+def _sampling_shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> _Frozen:
+    rules = mesh_lib.SAMPLING_RULES
+    return _Frozen(mesh_lib.param_shardings(config, None, mesh, stacked=False, rules=rules)[0])
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))

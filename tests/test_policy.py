@@ -25,7 +25,7 @@ from updates import (
     update,
 )
 
-from refine_af import policy_update, rollout, training
+from refine_af import mesh, policy_update, rollout, training
 from refine_af.config import Ppo
 from refine_af.policy import Policy
 
@@ -66,6 +66,14 @@ def test_the_engine_samples_what_is_trained(options: Ppo) -> None:
     completions = base().engine(ROWS).generate(params, asked())
     reading = read(state, pack(completions), options=options)
     assert rollout.drift(completions, reading) < 1e-4
+
+
+def test_the_sampling_layout_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host traces the whole model for it."""
+    policy, state = Policy(base(), ONE_STEP), new_state(options=ONE_STEP)
+    first = policy.for_sampling(state.params)
+    monkeypatch.delattr(mesh, "param_shardings")
+    assert_equal(policy.for_sampling(state.params), first)
 
 
 @pytest.mark.slow
