@@ -86,4 +86,4 @@ def _show(figures: Figures, config: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    flags.start(main, with_config=True, one_process=True)
+    flags.start(main, with_config=True, resumes=False, one_process=True)
