@@ -301,7 +301,7 @@ class Definition:
             stream [B, T, D] is split along B and T alike. None: as the compiler likes.
     """
 
-    graph: nnx.GraphDef
+    graph: nnx.GraphDef = dataclasses.field(hash=False)  # its hash takes 2 ms, and jit asks often
     config: ModelConfig
     lora: LoraConfig | None
     layout: NamedSharding | None = None

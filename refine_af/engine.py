@@ -150,7 +150,7 @@ class _Run:
         # Long ones first: what is left for the end is short.
         self.queue = collections.deque(sorted(answers, key=lambda a: -a.budget))
         self.live: dict[int, Answer] = {}  # by slot
-        self.places, _ = self._places(list(self.queue)[:num_slots])
+        self.places = self._places(*self._spans(list(self.queue)[:num_slots]))
         self.slots = sampling.jit_empty(
             self.definition, engine.mesh, num_slots, self.places, self.num_stops, self.needs
         )
@@ -180,32 +180,34 @@ class _Run:
             engine.config,
             engine.mesh,
             wanted=-(-wanted // parts) * parts,
-            length=self._most_places(whole, whole),
+            length=self._places(whole, whole),
             tail_length=CHUNK,
             prefix_length=prefix_length,
             scratch_length=self._room(longest) if longest > engine.max_read or prefix_length else 0,
             free=engine.cache_budget,
         )
 
-    def _places(self, answers: Sequence[Answer]) -> tuple[int, int]:
-        """Places of a cache for these answers' next tokens, and places for all of their tokens.
-
-        So that few sizes occur, each of which is a program, the first are those of all tokens, or
-        of the longest text of all calls, where that is at most twice what the next tokens take.
-        """
+    def _spans(self, answers: Sequence[Answer]) -> tuple[int, int]:
+        """Places that these answers' next tokens take, and those that all of their tokens take."""
         soon, whole = (
             _bucket(a.columns + min(a.left, most) for a in answers)
             for most in (self.steps, _NO_LIMIT)
         )
-        return self._most_places(soon, whole), whole
+        return soon, whole
 
-    def _most_places(self, soon: int, whole: int) -> int:
+    def _places(self, soon: int, whole: int) -> int:
+        """Places of a cache for answers with these spans.
+
+        So that few sizes occur, each of which is a program, they are those of all tokens, or of the
+        longest text of all calls, where that is at most twice what the next tokens take.
+        """
         return max(n for n in (soon, whole, self.common_places) if n <= 2 * soon)
 
     def _fit(self, answers: Sequence[Answer]) -> None:
         """Grow the cache when these answers need it, shrink it when half would do to their end."""
-        wanted, whole = self._places(answers)
-        if wanted > self.places or 2 * max(wanted, whole) <= self.places:
+        soon, whole = self._spans(answers)
+        wanted = self._places(soon, whole)
+        if soon > self.places or 2 * max(wanted, whole) <= self.places:
             self.places = wanted
             self.slots = sampling.jit_resize(self.definition, self.slots, wanted)
 

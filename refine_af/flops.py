@@ -85,9 +85,14 @@ def fastest(run: Callable[[], jax.Array]) -> float:
     return min(times[1:])
 
 
+@functools.cache  # a model is traced for it
+def _num_weights(model: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in expected_shapes(model).values())
+
+
 def forward(model: ModelConfig, num_tokens: int, num_predictions: int) -> float:
     """Of all linear maps: two for each weight and token, in the head for each prediction."""
-    weights = sum(math.prod(shape) for shape in expected_shapes(model).values())
+    weights = _num_weights(model)
     head = model.vocab_size * model.embed_dim
     layers = weights - head * (1 if model.tie_embeddings else 2)
     return 2.0 * (layers * num_tokens + head * num_predictions)

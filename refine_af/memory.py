@@ -1,6 +1,7 @@
 """Memory of caches and train states, computed before anything is made, and advice when it ends."""
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +18,7 @@ from refine_af.models.config import ModelConfig
 _SHARE = 0.9  # of the free memory that caches may take
 
 
+@functools.cache  # a cache is traced for it
 def cache_bytes(config: ModelConfig, mesh: jax.sharding.Mesh, num_slots: int, length: int) -> int:
     """Bytes on each device of a cache for `num_slots` texts of up to `length` tokens."""
 

@@ -56,10 +56,11 @@ class Prompter:
         """`num_eval_samples` for each held-out instruction in a row, all with its one prompt."""
         batch = Batch([], [])
         for i, instruction in enumerate(self.held_out):
+            rng = generator(self.config.seed, "ppo/eval_demos", i)
+            request = self._request(instruction, rng, 0)
             for sample in range(self.config.ppo.num_eval_samples):
-                rng = generator(self.config.seed, "ppo/eval_demos", i)
                 seed = seed_of(self.config.seed, "ppo/eval", i, sample)
-                batch.requests.append(self._request(instruction, rng, seed))
+                batch.requests.append(dataclasses.replace(request, seed=seed))
                 batch.instructions.append(instruction)
         return batch
 

@@ -127,7 +127,14 @@ class RlafStage:
 
     @functools.cached_property
     def _longest_prompt(self) -> int:
-        return self._prompter.longest()
+        longest, new = self._prompter.longest(), self.config.ppo.sampling.max_new_tokens
+        if longest + new > self.base.config.max_positions:
+            raise ValueError(
+                f"a prompt of PPO has {longest} tokens: with ppo.sampling.max_new_tokens={new} the "
+                f"model's context of {self.base.config.max_positions} is too short; lower these, "
+                "prompts.num_demos or prompts.max_demo_chars"
+            )
+        return longest
 
     def _train(
         self,

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from refine_af import config as config_lib
@@ -104,7 +105,7 @@ class Batches:
     def of_step(self, step: int) -> list[Pair]:
         """Examples to train on."""
         epoch, index = divmod(step, self.per_epoch)
-        order = generator(self.seed, "sft/order", epoch).permutation(len(self.train))
+        order = _order(self.seed, epoch, len(self.train))
         first = index * self.options.batch_size
         return [self.train[i] for i in order[first : first + self.options.batch_size]]
 
@@ -143,3 +144,9 @@ class Batches:
         pieces = -(-num_rows // (max(at_once // self.parts, 1) * self.parts))
         multiple = pieces * self.parts
         return -(-num_rows // multiple) * multiple, pieces
+
+
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, total: int) -> np.ndarray:
+    """Of the examples in an epoch."""
+    return generator(seed, "sft/order", epoch).permutation(total)

@@ -82,6 +82,13 @@ def test_calls_that_know_the_longest_text_share_a_cache_size() -> None:
             assert_same(ours, plain)
 
 
+def test_a_cache_that_holds_all_to_the_end_does_not_grow() -> None:
+    """Though one of the size that calls share would by then be at most twice what is needed."""
+    engine = engine_of("global", 1, eos_ids=(), longest_text=260)
+    sizes, _ = decoded(engine, until((60, 100)))
+    assert set(sizes) == {(1, 192)}
+
+
 def on_first_device(tree: Any) -> int:
     """Bytes that its first device holds of a tree of arrays."""
     shards = [shard for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards]

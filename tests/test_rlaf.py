@@ -98,6 +98,17 @@ def test_the_same_instructions_are_looked_at_again_and_again(undisturbed: Path) 
     assert all(0 < row["time/mfu"] < 1 for row in metrics)
 
 
+def test_a_prompt_without_room_for_its_answer_is_refused_before_the_first_step(
+    tmp_path: Path,
+) -> None:
+    context = base().config.max_positions
+    sampling = dataclasses.replace(PPO.sampling, max_new_tokens=context)
+    message = rf"a prompt of PPO has \d+ tokens: .*max_new_tokens={context} .* too short; lower"
+    with pytest.raises(ValueError, match=message):
+        stage(tmp_path, dataclasses.replace(PPO, sampling=sampling)).run()
+    assert not records.read_rows(tmp_path / ppo_records.METRICS)
+
+
 @pytest.mark.slow
 def test_the_best_policy_is_kept_and_taken(
     undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
