@@ -137,7 +137,7 @@ class Run:
         rows = Rollout(ids, ids, places, answers, places, places, answers, self._rows(n))
         state = self.ppo_state()
         policy = Policy(self.base, options)
-        function = policy_update.make_update(policy.definition, options, self.base.mesh)
+        function = policy_update.make_update(policy.definition, options, self.base.mesh, state)
         reading = Reading(answers, answers, answers)
         arguments = self.base.params, state, rows, reading, self._key()
         wanted = flops.of_step(self.base.config, options, n * t, n * r)

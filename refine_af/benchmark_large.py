@@ -164,8 +164,8 @@ def measure_ppo(model: Model, shape: Shape, repeats: int) -> Measured:
     base, options = base_model.load(model, Mesh()), shape.options
     policy = Policy(base, options)
     engine: Engine = dataclasses.replace(base.engine(shape.rows), eos_ids=())
-    update = policy_update.make_update(policy.definition, options, base.mesh)
     state = benchmark_update.new_state(base, options)
+    update = policy_update.make_update(policy.definition, options, base.mesh, state)
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, base.config.vocab_size, (shape.rows, shape.prompt)).tolist()
     requests = [Request(tuple(ids), options.sampling, seed=i) for i, ids in enumerate(prompts)]

@@ -105,8 +105,8 @@ def updater(
     """
     options = shape.options
     batch, read = shard_batch(base.mesh, (_rollout(shape, ids), reading))
-    update = policy_update.make_update(base.adapted(options.lora), options, base.mesh)
     state = new_state(base, options)
+    update = policy_update.make_update(base.adapted(options.lora), options, base.mesh, state)
 
     def once() -> tuple[float, policy_update.Metrics]:
         nonlocal state

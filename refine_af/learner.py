@@ -30,6 +30,7 @@ class Learner:
     config: Experiment
     base: BaseModel
     longest_prompt: int
+    _updates: list[Any] = dataclasses.field(default_factory=list, init=False)  # at most one
 
     def read(
         self, state: TrainState, requests: Sequence[Request], completions: Sequence[Completion]
@@ -61,7 +62,11 @@ class Learner:
         score = shard_batch(self.base.mesh, np.asarray(scores, np.float32))
         key = key_of(self.config.seed, "ppo/permutation", step)
         rows = rows._replace(score=score)
-        found: tuple[TrainState, policy_update.Metrics] = self._update(
+        if not self._updates:
+            of_policy = self._policy.definition, self.config.ppo, self.base.mesh
+            self._updates.append(policy_update.make_update(*of_policy, state))
+        (update,) = self._updates
+        found: tuple[TrainState, policy_update.Metrics] = update(
             self.base.params, state, rows, reading, key
         )
         return found
@@ -88,11 +93,6 @@ class Learner:
     @functools.cached_property
     def _policy(self) -> Policy:
         return Policy(self.base, self.config.ppo)
-
-    @functools.cached_property
-    def _update(self) -> Any:
-        options = self.config.ppo
-        return policy_update.make_update(self._policy.definition, options, self.base.mesh)
 
     @property
     def _layout(self) -> Layout:

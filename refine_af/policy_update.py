@@ -99,13 +99,16 @@ class _Batch(NamedTuple):
 
 
 def make_update(
-    policy: Definition, options: config_lib.Ppo, mesh: jax.sharding.Mesh
+    policy: Definition, options: config_lib.Ppo, mesh: jax.sharding.Mesh, state: TrainState
 ) -> Callable[[Params, TrainState, Rollout, Reading, Array], tuple[TrainState, Metrics]]:
-    """Jitted `update(base, state, rollout, reading, key)`; `state` is donated.
+    """Jitted `update(base, state, rollout, reading, key)`, as of `training.in_place`.
 
     All epochs, minibatches and microbatches are scans in one program. Each epoch draws a fresh
     permutation of the rows. Losses are divided by the token count of their minibatch, over all
     devices.
+
+    Args:
+        state: any of the run, or its shapes with shardings.
     """
     tx = optimizer(options)
     temperature = options.sampling.temperature
@@ -210,7 +213,8 @@ def make_update(
             state = state._replace(kl_coef=coef)
         return state._replace(step=state.step + 1), metrics
 
-    return jax.jit(update, donate_argnums=1)
+    step: Callable[..., tuple[TrainState, Metrics]] = training.in_place(update, state)
+    return step
 
 
 def _dealt(empty: Bool[Array, "B"], num_minibatches: int, key: Array) -> Int[Array, "M B/M"]:

@@ -55,7 +55,7 @@ def train(options: Ppo, seed: int) -> tuple[list[float], list[float]]:
     state = policy_update.new_state(experiment, home)
     policy = Policy(home, options)
     definition = policy.definition
-    update = policy_update.make_update(definition, options, home.mesh)
+    update = policy_update.make_update(definition, options, home.mesh, state)
     engine = dataclasses.replace(home.engine(options.batch_size), eos_ids=())
     rng = np.random.default_rng(seed)
     prompts = [tuple(rng.integers(4, 260, 8).tolist()) for _ in range(4)]

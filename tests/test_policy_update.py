@@ -189,6 +189,9 @@ def test_a_mesh_changes_nothing(options: Ppo, sizes: Sizes) -> None:
     expected_state, expected_metrics = update(options, **rows)
     assert_close(metrics, expected_metrics, 1e-5)
     assert_close(state, expected_state, 1e-5)
+    start = new_state(1, sizes, options)  # laid out alike: the next step is the same program
+    for after, before in zip(*map(jax.tree.leaves, (state.params, start.params)), strict=True):
+        assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
 
 
 # What the options do

@@ -48,8 +48,8 @@ def temporary_bytes(vocab: int) -> int:
     tokens = jnp.zeros((ROWS, LENGTH), jnp.int32)
     rows = Rollout(tokens, tokens, columns, answers, columns, columns, answers, jnp.zeros((ROWS,)))
     mesh = mesh_lib.make_mesh(config_lib.Mesh(), jax.devices()[:1])
-    update = policy_update.make_update(transformer.define(model, lora), PPO, mesh)
     base, state = jax.eval_shape(make)
+    update = policy_update.make_update(transformer.define(model, lora), PPO, mesh, state)
     lowered: Any = update
     compiled = lowered.lower(
         base, state, rows, Reading(answers, answers, answers), jax.random.key(0)

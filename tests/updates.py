@@ -157,8 +157,12 @@ def make_update(options: Ppo, sizes: Sizes = ONE_DEVICE) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         if options in KEEPING:
             patch.setattr(policy_update, "optimizer", lambda _: keep)
-        home = base(sizes)
-        return policy_update.make_update(Policy(home, options).definition, options, home.mesh)
+        home, state = base(sizes), new_state(1, sizes, options)
+        if options in KEEPING:
+            state = state._replace(opt_state=optax.tree.zeros_like(state.params))
+        return policy_update.make_update(
+            Policy(home, options).definition, options, home.mesh, state
+        )
 
 
 def update(
