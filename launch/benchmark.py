@@ -44,6 +44,7 @@ _DTYPE = absl_flags.DEFINE_enum(
 _DECODE_KERNEL = absl_flags.DEFINE_enum(
     "decode_kernel", "xla", DECODE_KERNELS, "Of attention to a cache: xla, or pallas on a GPU."
 )
+_DRAFT_TOKENS = flags.draft_tokens_flag()
 _REPEATS = absl_flags.DEFINE_integer("repeats", 3, "Timed runs of a case; their median counts.", 1)
 _OUTPUT = absl_flags.DEFINE_string("output", None, "JSON file to write besides the table.")
 
@@ -132,6 +133,7 @@ def main() -> None:
         dtype=_DTYPE.value,
         param_dtype=_DTYPE.value,
         decode_kernel=_DECODE_KERNEL.value,
+        draft_tokens=_DRAFT_TOKENS.value,
     )
     (limits, environment), _ = benchmarks.in_process(benchmarks.environment, _DTYPE.value)
     cases = cases_of(suites, _CASES.value or [], environment["backend"])

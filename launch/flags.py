@@ -20,7 +20,7 @@ import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from refine_af import configs, interruptions, memory
+from refine_af import configs, drafting, interruptions, memory
 from refine_af.config import Experiment, Mesh
 from refine_af.config_reading import from_dict
 from refine_af.models import processes
@@ -167,6 +167,15 @@ def format_flag() -> "flags.FlagHolder[str]":
     """`--format` of prompts."""
     text = "Prompts as they are (raw) or as a user's turn (chat)."
     return flags.DEFINE_enum("format", "raw", ["raw", "chat"], text)
+
+
+def draft_tokens_flag() -> "flags.FlagHolder[int]":
+    """`--draft_tokens`, for programs without a config."""
+    text = (
+        "Tokens that are guessed from the text so far and read along with each: the same answers, "
+        "sooner where texts repeat themselves and the batch is small; 0: none."
+    )
+    return flags.DEFINE_integer("draft_tokens", 0, text, 0, drafting.MOST)
 
 
 def mesh_flag() -> "flags.FlagHolder[str]":

@@ -80,6 +80,8 @@ _INT8_CACHE = absl_flags.DEFINE_bool(
     "Keep keys and values as int8: half of what bfloat16 takes; log-probabilities drift.",
 )
 
+_DRAFT_TOKENS = flags.draft_tokens_flag()
+
 _MOST_SAMPLES = 100_000  # of a row; each is a request in memory
 _OWN = {field.name for field in dataclasses.fields(Sampling)}
 _KEYS = _OWN | {"prompt", "prompt_token_ids", "seed", "num_samples"}
@@ -261,7 +263,12 @@ def main() -> None:
         flags.exclude([_OUTPUT, _AS_COMPLETED, _FULL_LOGPROBS], "--prompt", "its answer is printed")
     if not rows:
         raise ValueError(f"{_PROMPTS.value}: no rows; expected JSONL")
-    model = Model(source=flags.require(_MODEL), dtype=_DTYPE.value, param_dtype=_DTYPE.value)
+    model = Model(
+        source=flags.require(_MODEL),
+        dtype=_DTYPE.value,
+        param_dtype=_DTYPE.value,
+        draft_tokens=_DRAFT_TOKENS.value,
+    )
     base = base_model.load(model, flags.mesh_of(_MESH), check=True)
     asked = list(asked_of(rows, base))
     finished = completions(base, asked, *read_adapter(base))

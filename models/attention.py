@@ -36,8 +36,8 @@ class Seen(NamedTuple):
 
 def visible(
     start: Int[Array, "B 1|T"],
-    query_columns: Int[Array, "T"],
-    key_columns: Int[Array, "S"],
+    query_columns: Int[Array, "*B T"],
+    key_columns: Int[Array, "*B S"],
     window: int | None,
 ) -> Bool[Array, "B T S"]:
     """Which keys each query may see.
@@ -50,7 +50,8 @@ def visible(
     Args:
         start: first column of the text that a query belongs to, of each row or of each query.
     """
-    query, key = query_columns[None, :, None], key_columns[None, None, :]
+    query = jnp.atleast_2d(query_columns)[:, :, None]
+    key = jnp.atleast_2d(key_columns)[:, None]
     seen = (key <= query) & (key >= start[..., None])
     return seen if window is None else seen & (query - key < window)
 

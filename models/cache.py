@@ -14,6 +14,7 @@ from refine_af.models.config import ModelConfig
 from refine_af.models.rotary import Rotary
 
 _INT8_MAX = 127.0
+NO_COLUMN = 1 << 30  # after every query
 
 
 class Stored(NamedTuple):
@@ -47,25 +48,63 @@ class Tail(NamedTuple):
 
     Each step then writes to a small array: XLA's CPU back end converts the whole of a bfloat16
     array to float32 and back to write to it. Rotations are computed once for all steps.
+
+    A step may write several columns of which a row then keeps the first ones (`keep`): rows come to
+    have their own places for their own columns.
     """
 
     past: KVCache
-    recent: KVCache  # with room for all columns of the loop
-    rotaries: tuple[Rotary, Rotary]  # of those columns, as `Transformer.tail` makes them
+    recent: KVCache  # P places, for all columns that the loop writes; in each layer
+    rotaries: tuple[Rotary, Rotary]  # of P columns, as `Transformer.tail` makes them
+    own: Int[Array, "B P"] | None = None  # column of each row at each place; None: the clock's
 
     @property
     def end(self) -> Int[Array, ""]:
-        """Columns written so far."""
+        """Columns written so far, kept or not."""
         return self.recent.end
 
-    def next_rotaries(self) -> tuple[Rotary, Rotary]:
-        """Those of the next column."""
+    @property
+    def place(self) -> Int[Array, ""]:
+        """Where the next column is written."""
+        return self.end - self.past.end
+
+    def ahead(self) -> Int[Array, "1|B"]:
+        """Columns since `past` that a row has; one number where they have the clock's."""
+        if self.own is None:
+            return self.place[None]
+        return jnp.sum(self.own < NO_COLUMN, axis=1)
+
+    def next_columns(self, count: int) -> Int[Array, "1|B T"]:
+        """The next `count` columns of the rows."""
+        first = self.past.end + self.ahead()
+        return first[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
+
+    def next_rotaries(self, count: int) -> tuple[Rotary, Rotary]:
+        """Those of the next columns."""
 
         def cut(x: Array) -> Array:
-            return jax.lax.dynamic_slice_in_dim(x, self.end - self.past.end, 1, axis=2)
+            if self.own is None:
+                return jax.lax.dynamic_slice_in_dim(x, self.place, count, axis=2)
+            at = self.next_columns(count) - self.past.end
+            return jnp.take_along_axis(x, at[:, None, :, None], axis=2)
 
         first, second = jax.tree.map(cut, self.rotaries)
         return first, second
+
+    def key_columns(self, new: Int[Array, "1|B T"]) -> Int[Array, "1|B P"]:
+        """Column at each place when `new` ones are written; later ones where nothing is."""
+        if self.own is None:
+            places = self.recent.layers[0].keys.shape[2]
+            return self.past.end + jnp.arange(places, dtype=jnp.int32)[None]
+        return jax.lax.dynamic_update_slice(self.own, new, (0, self.place))
+
+    def keep(self, count: int, kept: Int[Array, "B"]) -> "Tail":
+        """Of the `count` columns written last, a row keeps the first `kept` ones."""
+        assert self.own is not None
+        void = jnp.arange(count, dtype=jnp.int32)[None] >= kept[:, None]
+        new = jnp.where(void, NO_COLUMN, self.next_columns(count))
+        own = jax.lax.dynamic_update_slice(self.own, new, (0, self.place - count))
+        return self._replace(own=own)
 
 
 class Prefix(NamedTuple):
@@ -80,12 +119,17 @@ def num_places(config: ModelConfig, layer: int, length: int) -> int:
     return length if window is None else min(length, window)
 
 
-def empty(config: ModelConfig, batch: int, length: int) -> KVCache:
-    """Cache for texts of up to `length` tokens, with nothing written."""
+def empty(config: ModelConfig, batch: int, length: int, *, windows: bool = True) -> KVCache:
+    """Cache for texts of up to `length` tokens, with nothing written.
+
+    Args:
+        windows: layers with a window have no more places than that.
+    """
     stored = jnp.dtype("int8" if config.int8_cache else config.dtype)
 
     def layer(index: int) -> Stored:
-        scales = (batch, config.num_kv_heads, num_places(config, index, length))
+        places = num_places(config, index, length) if windows else length
+        scales = (batch, config.num_kv_heads, places)
         made = [jnp.zeros((*scales, config.head_dim), stored) for _ in range(2)]
         made += [jnp.zeros(scales, jnp.float32) for _ in range(2)] if config.int8_cache else []
         return Stored(*made)
@@ -95,18 +139,49 @@ def empty(config: ModelConfig, batch: int, length: int) -> KVCache:
 
 def joined(tail: Tail) -> KVCache:
     """One cache again, with the recent columns over the oldest ones."""
-    past, recent, _ = tail
+    past, recent = tail.past, tail.recent
 
     def layer(old: Stored, new: Stored) -> Stored:
         column = columns(old.keys.shape[2], recent.end)
 
         def merge(old: Array, new: Array) -> Array:
             is_new = (column >= past.end).reshape(1, 1, -1, *[1] * (old.ndim - 3))
-            return jnp.where(is_new, jnp.take(new, column % new.shape[2], axis=2), old)
+            place = jnp.clip(column - past.end, 0, new.shape[2] - 1)
+            return jnp.where(is_new, jnp.take(new, place, axis=2), old)
 
         return jax.tree.map(merge, old, new)
 
     return KVCache(tuple(map(layer, past.layers, recent.layers)), recent.end)
+
+
+def aligned(tail: Tail) -> tuple[KVCache, Int[Array, "B"]]:
+    """One cache again, of a tail whose rows have their own columns; and by how many each moved.
+
+    The row with the most of them sets the clock, and the texts of others move up to it.
+    """
+    assert tail.own is not None
+    past, recent, ahead = tail.past, tail.recent, tail.ahead()
+    end = past.end + jnp.max(ahead)
+    moved = jnp.max(ahead) - ahead
+    order = jnp.argsort(tail.own, axis=1)  # places of a row's columns, one after the other
+
+    def layer(old: Stored, new: Stored) -> Stored:
+        places = old.keys.shape[2]
+        column = columns(places, end)[None] - moved[:, None]
+        recently = jnp.clip(column - past.end, 0, order.shape[1] - 1)
+        at = jnp.where(
+            column >= past.end,
+            places + jnp.take_along_axis(order, recently, axis=1),
+            jnp.mod(column, places),
+        )
+
+        def merge(old: Array, new: Array) -> Array:
+            both = jnp.concatenate([old, new], axis=2)
+            return jnp.take_along_axis(both, at.reshape(len(at), 1, -1, *[1] * (old.ndim - 3)), 2)
+
+        return jax.tree.map(merge, old, new)
+
+    return KVCache(tuple(map(layer, past.layers, recent.layers)), end), moved
 
 
 def num_bytes(config: ModelConfig, batch: int, length: int) -> int:

@@ -73,27 +73,41 @@ class CachedAttention:
 
     config: ModelConfig
     start: Int[Array, "B 1|T"]
-    columns: Int[Array, "T"]
+    columns: Int[Array, "1|B T"]
     cache: KVCache | Tail
 
     def attend(self, window: int | None, held: LayerState, before: Sequence[Seen]) -> Attend:
         """Attention of a layer with this window."""
-        start, end, seen = self.start, self.cache.end, list(before)
         if isinstance(self.cache, Tail):
-            start = jnp.maximum(start, self.cache.past.end)
+            return functools.partial(self._attend_tail, self.cache, window, held, before)
 
         def attend(query: Array, new: Stored) -> tuple[Array, Stored]:
             assert held.cache is not None
-            older = list(seen)
-            if isinstance(self.cache, Tail):
-                # Tied to the query: else int8 entries of all layers are widened ahead of the loop.
-                tied = jax.lax.optimization_barrier((held.past, query))[0]
-                older.append(_past(tied, self.cache.past.end, self.start, self.columns, window))
             return attention.attend_cached(
-                query, new, held.cache, start, end, window, older, self.config
+                query, new, held.cache, self.start, self.cache.end, window, before, self.config
             )
 
         return attend
+
+    def _attend_tail(
+        self,
+        tail: Tail,
+        window: int | None,
+        held: LayerState,
+        before: Sequence[Seen],
+        query: Array,
+        new: Stored,
+    ) -> tuple[Array, Stored]:
+        """To what stands before, to the cache that is only read, and to the columns since."""
+        assert held.cache is not None
+        # Tied to the query: else int8 entries of all layers are widened ahead of the loop.
+        tied = jax.lax.optimization_barrier((held.past, query))[0]
+        past = _past(tied, tail.past.end, self.start, self.columns, window)
+        written = cache_lib.append(held.cache, new, tail.place, None)
+        keys = tail.key_columns(self.columns)
+        own = attention.visible(self.start, self.columns, keys, window)
+        seen = [*before, past, Seen(written, own)]
+        return attention.attend(query, seen, self.config), written
 
 
 class SelfAttention:
@@ -146,7 +160,7 @@ def _past(
     stored: Stored,
     end: Int[Array, ""],
     start: Int[Array, "B 1|T"],
-    columns: Int[Array, "T"],
+    columns: Int[Array, "1|B T"],
     window: int | None,
 ) -> Seen:
     """What queries at `columns` see of a cache that ends before them."""

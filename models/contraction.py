@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_FEW_ROWS = 64  # of bfloat16: up to so many, a kernel [F, D] is the faster first operand
+_FEW_ROWS = 32  # of bfloat16: up to so many, a kernel [F, D] is the faster first operand
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -87,9 +87,8 @@ class Transformer(nnx.Module):
                 tokens is right padding. Outputs at padding are meaningless.
             start: first column of each row's text; or of the text that each token belongs to, where
                 several are packed into a row. Positions count from there.
-            cache: what was computed for the columns before these; needs unstacked layers. A `Tail`
-                takes one column at a time. Without a cache the columns are 0..T-1 and the returned
-                one holds exactly those.
+            cache: what was computed for the columns before these; needs unstacked layers. Without
+                one the columns are 0..T-1 and the returned cache holds exactly those.
             prefix: what stands before column `start` of texts that begin alike; needs unstacked
                 layers.
             offset: number of prefix tokens before each text (or each token's): all of them or 0.
@@ -97,13 +96,17 @@ class Transformer(nnx.Module):
                 `cheap`, all but its linear maps.
         """
         end = jnp.zeros((), jnp.int32) if cache is None else cache.end
-        columns = end + jnp.arange(tokens.shape[1], dtype=jnp.int32)
+        tail = cache if isinstance(cache, Tail) else None
+        if tail is None:
+            columns = (end + jnp.arange(tokens.shape[1], dtype=jnp.int32))[None]
+        else:
+            columns = tail.next_columns(tokens.shape[1])
         start = start.reshape(tokens.shape[0], -1)
         offset = jnp.zeros_like(start) if offset is None else offset.reshape(tokens.shape[0], -1)
         positions = _positions(columns, start, offset)
-        tail = cache if isinstance(cache, Tail) else None
-        assert tail is None or tokens.shape[1] == 1, "a tail grows by one column at a time"
-        rotaries = self._rotaries(positions) if tail is None else tail.next_rotaries()
+        rotaries = (
+            self._rotaries(positions) if tail is None else tail.next_rotaries(tokens.shape[1])
+        )
         x = self._split_rows(self._embed(tokens))
         if cache is None and prefix is None and self.stacked:
             x, kept = self._scan(x, rotaries, start, remat=remat)
@@ -130,9 +133,10 @@ class Transformer(nnx.Module):
         self, cache: KVCache, start: Int[Array, "B"], offset: Int[Array, "B"], places: int
     ) -> Tail:
         """The same cache for a loop that writes `places` more columns of these texts."""
-        columns = cache.end + jnp.arange(places, dtype=jnp.int32)
+        columns = (cache.end + jnp.arange(places, dtype=jnp.int32))[None]
         positions = _positions(columns, start[:, None], offset[:, None])
-        recent = cache_lib.empty(self.config, len(start), places)._replace(end=cache.end)
+        recent = cache_lib.empty(self.config, len(start), places, windows=False)
+        recent = recent._replace(end=cache.end)
         return Tail(cache, recent, self._rotaries(positions))
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -287,9 +291,9 @@ rows_of.defvjp(_rows_forward, _rows_backward)
 
 
 def _positions(
-    columns: Int[Array, "T"], start: Int[Array, "B 1|T"], offset: Int[Array, "B 1|T"]
+    columns: Int[Array, "1|B T"], start: Int[Array, "B 1|T"], offset: Int[Array, "B 1|T"]
 ) -> Int[Array, "B T"]:
-    return jnp.maximum(columns[None] - start + offset, 0)
+    return jnp.maximum(columns - start + offset, 0)
 
 
 @dataclasses.dataclass(frozen=True)

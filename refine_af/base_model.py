@@ -28,6 +28,7 @@ class BaseModel:
     definition: Definition
     params: Params
     mesh: jax.sharding.Mesh
+    draft_tokens: int = 0  # of an `Engine`
 
     @property
     def config(self) -> ModelConfig:
@@ -109,6 +110,7 @@ class BaseModel:
             source.eos_ids,
             num_slots,
             longest_text=longest_text,
+            draft_tokens=self.draft_tokens,
         )
 
     def for_sampling(
@@ -200,4 +202,5 @@ def load(
         definition=transformer.define(source.config, layout=mesh_lib.attention_layout(mesh)),
         params=source.load(shardings),
         mesh=mesh,
+        draft_tokens=options.draft_tokens,
     )

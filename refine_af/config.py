@@ -44,12 +44,14 @@ class Model:
     dtype: str  # of activations, one of DTYPES
     param_dtype: str  # of the frozen base weights, one of DTYPES
     decode_kernel: str = "xla"  # of attention to a cache, one of DECODE_KERNELS
+    draft_tokens: int = 0  # guessed and read along for each token that is drawn
 
     def __post_init__(self) -> None:
         """Validate."""
         require_one_of("model.dtype", self.dtype, DTYPES)
         require_one_of("model.decode_kernel", self.decode_kernel, DECODE_KERNELS)
         require_one_of("model.param_dtype", self.param_dtype, DTYPES)
+        require_at_least(0, self, "model.", "draft_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,14 +18,14 @@ import numpy as np
 from jaxtyping import Array
 from transformers import PreTrainedTokenizerBase
 
-from refine_af import memory, packing, sampling
+from refine_af import drafting, memory, packing, sampling
 from refine_af.mesh import shard_slots
-from refine_af.models import processes
+from refine_af.models import attention, processes
 from refine_af.models.cache import KVCache, Prefix
 from refine_af.models.config import ModelConfig
 from refine_af.models.transformer import Params, define
 from refine_af.requests import Answer, Completion, Request, TokenIds
-from refine_af.sampling import CHUNK, Limits, Needs, Pack
+from refine_af.sampling import CHUNK, Chosen, Limits, Needs, Pack
 
 _TEXT_CHUNK = 16  # tokens between two looks for stop strings
 _LEAST_PLACES = 64  # of a cache
@@ -48,6 +48,7 @@ class Engine:
         cache_budget: bytes that caches may take on a device; None: what is free.
         longest_text: tokens of the longest text of many calls; caches that need more than half as
             many places have as many, so that calls share programs. 0: not known.
+        draft_tokens: guessed for each slot and read along (`drafting`), at most `drafting.MOST`.
     """
 
     config: ModelConfig
@@ -58,6 +59,22 @@ class Engine:
     max_read: int = 512
     cache_budget: int | None = None
     longest_text: int = 0
+    draft_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            ValueError: `draft_tokens` is out of range, or the decode kernel takes none.
+        """
+        if not 0 <= self.draft_tokens <= drafting.MOST:
+            raise ValueError(f"draft_tokens={self.draft_tokens}: expected 0 to {drafting.MOST}")
+        if self.draft_tokens and attention.decodes_in_place(self.config):
+            kernel = self.config.decode_kernel
+            raise ValueError(
+                f"draft_tokens={self.draft_tokens}: decode_kernel={kernel!r} reads one token at a "
+                "time; take decode_kernel='xla'"
+            )
 
     def generate(
         self,
@@ -140,10 +157,12 @@ class _Run:
         self.needs = _needs(answers)
         self.num_stops = packing.power_of_two(max(len(a.stop_ids) for a in answers))
         self.steps = _TEXT_CHUNK if any(a.request.sampling.stop for a in answers) else CHUNK
+        self.calls = max(2 * self.steps // (engine.draft_tokens + 1), 1)  # with guesses
         shared = packing.shared_prefix([a.request.prompt_ids for a in answers])
         for answer in answers:
             if shared and len(answer.own) > len(shared) and answer.own[: len(shared)] == shared:
                 answer.own, answer.offset = answer.own[len(shared) :], len(shared)
+        self.num_shared = len(shared)
         longest = min(engine.longest_text, engine.config.max_positions)
         self.common_places = _bucket([longest - len(shared)])
         num_slots = self._affordable_slots(answers, len(shared))
@@ -181,7 +200,7 @@ class _Run:
             engine.mesh,
             wanted=-(-wanted // parts) * parts,
             length=self._places(whole, whole),
-            tail_length=CHUNK,
+            tail_length=drafting.PLACES if engine.draft_tokens else CHUNK,
             prefix_length=prefix_length,
             scratch_length=self._room(longest) if longest > engine.max_read or prefix_length else 0,
             free=engine.cache_budget,
@@ -191,7 +210,7 @@ class _Run:
         """Places that these answers' next tokens take, and those that all of their tokens take."""
         soon, whole = (
             _bucket(a.columns + min(a.left, most) for a in answers)
-            for most in (self.steps, _NO_LIMIT)
+            for most in (drafting.PLACES if self.engine.draft_tokens else self.steps, _NO_LIMIT)
         )
         return soon, whole
 
@@ -353,15 +372,8 @@ class _Run:
         self._fit(list(self.live.values()))
         idle = np.asarray([slot not in self.live for slot in range(self.num_slots)])
         wake = int(idle.sum()) + 1 if self.queue else self.num_slots
-        self.slots, found = sampling.jit_decode(
-            self.definition,
-            self.params,
-            self.slots._replace(done=shard_slots(self.engine.mesh, idle)),
-            self.prefix,
-            self.needs,
-            np.int32(self.steps),
-            np.int32(wake),
-        )
+        slots = self.slots._replace(done=shard_slots(self.engine.mesh, idle))
+        self.slots, found = self._loop(slots, np.int32(wake))
         drawn, (token, logprob, full) = processes.to_host((self.slots.drawn, found))
         total = 0
         for slot, answer in self.live.items():
@@ -370,6 +382,23 @@ class _Run:
             total += int(new)
         self._count(total)
         yield from self._settle(dict(self.live))
+
+    def _loop(self, slots: sampling.Slots, wake: np.int32) -> tuple[sampling.Slots, Chosen]:
+        """(slots, their new tokens) after one loop on the device, with guesses or without."""
+        model, rest = (self.definition, self.params, slots), (self.prefix, self.needs)
+        count = self.engine.draft_tokens
+        if not count:
+            return sampling.jit_decode(*model, *rest, np.int32(self.steps), wake)
+        texts = shard_slots(self.engine.mesh, self._texts())
+        return drafting.jit_decode(*model, texts, *rest, count, np.int32(self.calls), wake)
+
+    def _texts(self) -> np.ndarray:
+        """Prompt and answer of each slot so far, [slots, L] with -1 before them."""
+        texts = np.full((self.num_slots, self.num_shared + self.places), -1, np.int32)
+        for slot, answer in self.live.items():
+            text = *answer.request.prompt_ids, *answer.ids
+            texts[slot, texts.shape[1] - len(text) :] = text
+        return texts
 
     def _shrink(self) -> None:
         """Fewer slots, when the last answers fill few of them."""

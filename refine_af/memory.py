@@ -19,14 +19,21 @@ _SHARE = 0.9  # of the free memory that caches may take
 
 
 @functools.cache  # a cache is traced for it
-def cache_bytes(config: ModelConfig, mesh: jax.sharding.Mesh, num_slots: int, length: int) -> int:
-    """Bytes on each device of a cache for `num_slots` texts of up to `length` tokens."""
+def cache_bytes(
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    num_slots: int,
+    length: int,
+    *,
+    windows: bool = True,
+) -> int:
+    """Bytes on each device of `cache.empty(config, num_slots, length)`."""
 
     def on_device(x: jax.ShapeDtypeStruct) -> int:
         part = slot_sharding(mesh, x.shape).shard_shape(x.shape)
         return int(np.prod(part)) * x.dtype.itemsize
 
-    shapes = jax.eval_shape(lambda: cache.empty(config, num_slots, length))
+    shapes = jax.eval_shape(lambda: cache.empty(config, num_slots, length, windows=windows))
     return sum(map(on_device, jax.tree.leaves(shapes.layers)))
 
 
@@ -77,8 +84,9 @@ def affordable_slots(
     single = sum(cache_bytes(config, mesh, 1, n) for n in (prefix_length, scratch_length) if n)
 
     def needed(num_slots: int) -> int:
-        lengths = length, length * 3 // 4, tail_length
-        return single + sum(cache_bytes(config, mesh, num_slots, n) for n in lengths)
+        kept = sum(cache_bytes(config, mesh, num_slots, n) for n in (length, length * 3 // 4))
+        tail = cache_bytes(config, mesh, num_slots, tail_length, windows=False)
+        return single + kept + tail
 
     num_slots = wanted
     while needed(num_slots) > free and num_slots > parts:

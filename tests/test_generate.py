@@ -242,3 +242,13 @@ def test_generate_with_int8_says_much_the_same(
     assert rows[0]["token_ids"] == rows[1]["token_ids"]
     assert rows[0]["logprobs"] != rows[1]["logprobs"]
     assert rows[0]["logprobs"] == pytest.approx(rows[1]["logprobs"], abs=0.02)
+
+
+def test_generate_with_guesses_says_the_same(program: Program, tmp_path: Path) -> None:
+    rows = {"prompt": "ab"}, {"prompt": "ab", "temperature": 5, "seed": 7, "top_k": 9}
+    prompts, found = jsonl(tmp_path / "rows", *rows), []
+    for count in (0, 3):
+        files = (f"--prompts={prompts}", f"--output={tmp_path / str(count)}")
+        assert program(*GENERATE, f"--draft_tokens={count}", *files)[0] == 0
+        found.append([row["token_ids"] for row in records.read_rows(tmp_path / str(count))])
+    assert found[0] == found[1]
