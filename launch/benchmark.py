@@ -136,6 +136,8 @@ def main() -> None:
         draft_tokens=_DRAFT_TOKENS.value,
     )
     (limits, environment), _ = benchmarks.in_process(benchmarks.environment, _DTYPE.value)
+    environment["decode_kernel"] = model.decode_kernel
+    environment["draft_tokens"] = model.draft_tokens
     cases = cases_of(suites, _CASES.value or [], environment["backend"])
     if cases.get(_LARGE) and environment["backend"] == "cpu" and not _MODEL.value:
         needs = f"{_LARGE_MODEL} needs a GPU or a TPU, and this is a CPU; name a smaller --model"

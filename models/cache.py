@@ -14,7 +14,7 @@ from refine_af.models.config import ModelConfig
 from refine_af.models.rotary import Rotary
 
 _INT8_MAX = 127.0
-NO_COLUMN = 1 << 30  # after every query
+NO_COLUMN = 1 << 30  # after every query, so that none sees it
 
 
 class Stored(NamedTuple):
@@ -44,7 +44,7 @@ class KVCache(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """A cache that is only read, and the columns since, for a loop that writes a few one by one.
+    """A cache that is only read, and the columns since, for a loop that writes a few at a time.
 
     Each step then writes to a small array: XLA's CPU back end converts the whole of a bfloat16
     array to float32 and back to write to it. Rotations are computed once for all steps.
@@ -56,7 +56,8 @@ class Tail(NamedTuple):
     past: KVCache
     recent: KVCache  # P places, for all columns that the loop writes; in each layer
     rotaries: tuple[Rotary, Rotary]  # of P columns, as `Transformer.tail` makes them
-    own: Int[Array, "B P"] | None = None  # column of each row at each place; None: the clock's
+    # Column of each row at each place, NO_COLUMN where none is kept; None: all have the clock's.
+    own: Int[Array, "B P"] | None = None
 
     @property
     def end(self) -> Int[Array, ""]:

@@ -14,6 +14,7 @@ import optax
 
 from refine_af import (
     base_model,
+    drafting,
     finetuning,
     flops,
     logprobs,
@@ -194,7 +195,7 @@ class Run:
     # Sampling
 
     def sample(self) -> list[Program]:
-        """Reading a piece of a prompt, and one more token for every slot with a full cache."""
+        """Reading a piece of a prompt, and one more pass for every slot with a full cache."""
         base, mesh, options = self.base, self.base.mesh, self.config.ppo
         config = dataclasses.replace(
             base.config, int8_weights=options.int8_weights, int8_cache=options.int8_cache
@@ -223,8 +224,13 @@ class Run:
         piece = jax.ShapeDtypeStruct((1, size), jnp.int32, sharding=whole)
         one = jax.ShapeDtypeStruct((1,), jnp.int32, sharding=whole)
         reading = definition, params, scratch, piece, one, None, one
-        writing = definition, params, slots, None, needs, count, count
-        tokens_written = options.batch_size
+        decode: Any = sampling.jit_decode
+        writing: tuple[Any, ...] = definition, params, slots, None, needs
+        tokens_written = options.batch_size * (base.draft_tokens + 1)
+        if base.draft_tokens:
+            decode = drafting.jit_decode
+            texts = _slots(mesh, lambda: jnp.zeros((options.batch_size, length), jnp.int32))
+            writing = definition, params, slots, texts, None, needs, base.draft_tokens
         return [
             Program(
                 SAMPLING[0],
@@ -236,8 +242,8 @@ class Run:
             ),
             Program(
                 SAMPLING[1],
-                sampling.jit_decode,
-                writing,
+                decode,
+                (*writing, count, count),
                 slots,
                 flops.forward(base.config, tokens_written, tokens_written),
                 self._held(),
@@ -282,7 +288,8 @@ def abstract_run(config: Experiment, topology: str, prompt_length: int) -> Run:
     shapes = jax.eval_shape(lambda: transformer.init(source.config, key=jax.random.key(0))[0])
     params = _placed(shapes, mesh_lib.param_shardings(source.config, None, mesh)[0])
     definition = transformer.define(source.config, layout=mesh_lib.attention_layout(mesh))
-    return Run(config, BaseModel(source, definition, params, mesh), prompt_length)
+    base = BaseModel(source, definition, params, mesh, config.model.draft_tokens)
+    return Run(config, base, prompt_length)
 
 
 def _placed(shapes: Tree, shardings: Tree) -> Tree:

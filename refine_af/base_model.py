@@ -11,6 +11,7 @@ from jaxtyping import Array
 from transformers import PreTrainedTokenizerBase
 
 from refine_af import config as config_lib
+from refine_af import drafting
 from refine_af import mesh as mesh_lib
 from refine_af.engine import Engine
 from refine_af.models import attention, processes, sources, transformer
@@ -172,13 +173,15 @@ def open_source(options: config_lib.Model, mesh: jax.sharding.Mesh) -> Source:
     """The model that a run names, with nothing of it read but its description.
 
     Raises:
-        ValueError: there is none, or its decode kernel cannot compute its attention on the mesh.
+        ValueError: there is none, or its decode kernel cannot compute its attention on the mesh,
+            or guesses cannot be read.
     """
     source = sources.open_model(
         options.source, dtype=options.dtype, param_dtype=options.param_dtype
     )
     config = dataclasses.replace(source.config, decode_kernel=options.decode_kernel)
     attention.check_decode_kernel(config, list(mesh.devices.flat))
+    drafting.check(options.draft_tokens, config)
     return dataclasses.replace(source, config=config)
 
 

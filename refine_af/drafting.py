@@ -1,10 +1,10 @@
 """Several tokens of a slot from one pass of the model: a guess is read along, and checked.
 
-The guess is what followed the last tokens where they stood before in the same text (prompt lookup;
-greedy verification as in Leviathan et al., arXiv 2211.17192). Since the n-th token of a slot is
-a function of the logits and of the n-th random number of its seed, a guess is right when it is that
-very token: temperature, cuts and penalties need no rule of their own, and texts are those of
-decoding without guesses. It pays where the device waits for memory and texts repeat themselves.
+The guess is what followed the last tokens where they stood before in the same text (prompt lookup).
+Since the n-th token of a slot is a function of the logits and of the n-th random number of its
+seed, a guess is right when it is that very token (exact match, Stern et al., arXiv 1811.03115):
+temperature, cuts and penalties need no rule of their own, and texts are those of decoding without
+guesses. It pays where the device waits for memory and texts repeat themselves.
 """
 
 import functools
@@ -15,15 +15,31 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, UInt8
 
 from refine_af import sampling
+from refine_af.models import attention, transformer
 from refine_af.models import cache as cache_lib
-from refine_af.models import transformer
 from refine_af.models.cache import Prefix, Tail
+from refine_af.models.config import ModelConfig
 from refine_af.models.transformer import Definition, Params, Transformer
 from refine_af.sampling import Chosen, Needs, Slots
 
-PLACES = 64  # columns that a loop writes, kept or not
+PLACES = 2 * sampling.CHUNK  # columns that a loop writes, kept or not, at most
 MOST = 15  # tokens of a guess
 _LONGEST = 3  # last tokens that are looked for
+
+
+def check(count: int, config: ModelConfig) -> None:
+    """Refuse guesses of `count` tokens where they cannot be read.
+
+    Raises:
+        ValueError: says why.
+    """
+    if not 0 <= count <= MOST:
+        raise ValueError(f"draft_tokens={count}: expected 0 to {MOST}")
+    if count and attention.decodes_in_place(config):
+        raise ValueError(
+            f"draft_tokens={count}: decode_kernel={config.decode_kernel!r} reads one token at a "
+            "time; take decode_kernel='xla'"
+        )
 
 
 class _Drafting(NamedTuple):
@@ -34,12 +50,10 @@ class _Drafting(NamedTuple):
     tail: Tail
     found: Chosen  # [B, PLACES]: tokens of this loop
     texts: Int[Array, "B L+PLACES"]  # with them
-    length: Int[Array, "B"]  # of each text
+    end: Int[Array, "B"]  # first column behind each text
 
 
-def propose(
-    texts: Int[Array, "B L"], length: Int[Array, "B"], count: int
-) -> Int[Array, "B {count}"]:
+def propose(texts: Int[Array, "B L"], end: Int[Array, "B"], count: int) -> Int[Array, "B {count}"]:
     """A guess at the next `count` tokens of each text.
 
     It goes on as after the latest earlier place where the last 3 tokens stood, or else the last 2,
@@ -47,10 +61,10 @@ def propose(
     repeated.
 
     Args:
-        texts: each at columns below its `length`, at the end of a row's filler, which no token is.
+        texts: -1, then the text up to column `end`, then anything.
     """
     index = jnp.arange(texts.shape[1], dtype=jnp.int32)[None]
-    last = length[:, None] - 1
+    last = end[:, None] - 1
     alike = index < last
     matched = jnp.zeros_like(texts)
     for back in range(_LONGEST):
@@ -108,12 +122,12 @@ def _step(
     prefix: Prefix | None,
     needs: Needs,
     count: int,
-    length: int,
+    first_end: int,
     carry: _Drafting,
 ) -> _Drafting:
     """Read each slot's last token and a guess of what follows; keep what would have been drawn."""
     slots, tail = carry.slots, carry.tail
-    guess = propose(carry.texts, carry.length, count)
+    guess = propose(carry.texts, carry.end, count)
     hidden, tail = model(
         jnp.concatenate([slots.token[:, None], guess], axis=1),
         slots.start,
@@ -131,26 +145,26 @@ def _step(
     goes_on = (chosen.token[:, :-1] == guess) & ~last[:, :-1]
     taken = 1 + jnp.sum(jnp.cumprod(goes_on, axis=1), axis=1)
     taken = jnp.where(slots.done, 0, taken)
-    end = jnp.maximum(taken - 1, 0)[:, None]
+    final = jnp.maximum(taken - 1, 0)[:, None]
 
-    def at_end(x: Array) -> Array:
-        return jnp.take_along_axis(x, end, axis=1)[:, 0]
+    def at_final(x: Array) -> Array:
+        return jnp.take_along_axis(x, final, axis=1)[:, 0]
 
-    token = at_end(chosen.token)
+    token = at_final(chosen.token)
     put = jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice(row, new, (at,)))
-    so_far = carry.length - length
+    so_far = carry.end - first_end
     return _Drafting(
         carry.calls + 1,
         slots._replace(
             token=jnp.where(slots.done, slots.token, token),
             drawn=slots.drawn + taken,
-            done=slots.done | at_end(last),
-            seen=sampling.note(jnp.take_along_axis(seen, end[..., None], axis=1)[:, 0], token),
+            done=slots.done | at_final(last),
+            seen=sampling.note(jnp.take_along_axis(seen, final[..., None], axis=1)[:, 0], token),
         ),
         tail.keep(count + 1, taken),
         jax.tree.map(lambda old, new: put(old, new, so_far), carry.found, chosen),
-        put(carry.texts, chosen.token, carry.length),
-        carry.length + taken,
+        put(carry.texts, chosen.token, carry.end),
+        carry.end + taken,
     )
 
 

@@ -20,14 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from refine_af import drafting, memory, packing, sampling
 from refine_af.mesh import shard_slots
-from refine_af.models import attention, processes
+from refine_af.models import processes
 from refine_af.models.cache import KVCache, Prefix
 from refine_af.models.config import ModelConfig
 from refine_af.models.transformer import Params, define
 from refine_af.requests import Answer, Completion, Request, TokenIds
 from refine_af.sampling import CHUNK, Chosen, Limits, Needs, Pack
 
-_TEXT_CHUNK = 16  # tokens between two looks for stop strings
+_TEXT_CHUNK = 16  # tokens between two looks for stop strings; with guesses twice as many, at most
 _LEAST_PLACES = 64  # of a cache
 _NO_LIMIT = 1 << 30  # tokens; more than any vocabulary has
 _SHRINK = 4  # the batch is cut to a quarter when no more answers are left, or to a quarter of that
@@ -67,14 +67,7 @@ class Engine:
         Raises:
             ValueError: `draft_tokens` is out of range, or the decode kernel takes none.
         """
-        if not 0 <= self.draft_tokens <= drafting.MOST:
-            raise ValueError(f"draft_tokens={self.draft_tokens}: expected 0 to {drafting.MOST}")
-        if self.draft_tokens and attention.decodes_in_place(self.config):
-            kernel = self.config.decode_kernel
-            raise ValueError(
-                f"draft_tokens={self.draft_tokens}: decode_kernel={kernel!r} reads one token at a "
-                "time; take decode_kernel='xla'"
-            )
+        drafting.check(self.draft_tokens, self.config)
 
     def generate(
         self,
@@ -157,7 +150,8 @@ class _Run:
         self.needs = _needs(answers)
         self.num_stops = packing.power_of_two(max(len(a.stop_ids) for a in answers))
         self.steps = _TEXT_CHUNK if any(a.request.sampling.stop for a in answers) else CHUNK
-        self.calls = max(2 * self.steps // (engine.draft_tokens + 1), 1)  # with guesses
+        if engine.draft_tokens:
+            self.steps *= 2  # columns of a loop, not all of which are kept
         shared = packing.shared_prefix([a.request.prompt_ids for a in answers])
         for answer in answers:
             if shared and len(answer.own) > len(shared) and answer.own[: len(shared)] == shared:
@@ -210,7 +204,7 @@ class _Run:
         """Places that these answers' next tokens take, and those that all of their tokens take."""
         soon, whole = (
             _bucket(a.columns + min(a.left, most) for a in answers)
-            for most in (drafting.PLACES if self.engine.draft_tokens else self.steps, _NO_LIMIT)
+            for most in (self.steps, _NO_LIMIT)
         )
         return soon, whole
 
@@ -390,7 +384,8 @@ class _Run:
         if not count:
             return sampling.jit_decode(*model, *rest, np.int32(self.steps), wake)
         texts = shard_slots(self.engine.mesh, self._texts())
-        return drafting.jit_decode(*model, texts, *rest, count, np.int32(self.calls), wake)
+        calls = np.int32(self.steps // (count + 1))
+        return drafting.jit_decode(*model, texts, *rest, count, calls, wake)
 
     def _texts(self) -> np.ndarray:
         """Prompt and answer of each slot so far, [slots, L] with -1 before them."""

@@ -27,7 +27,7 @@ def cache_bytes(
     *,
     windows: bool = True,
 ) -> int:
-    """Bytes on each device of `cache.empty(config, num_slots, length)`."""
+    """Bytes on each device of `cache.empty(config, num_slots, length, windows=windows)`."""
 
     def on_device(x: jax.ShapeDtypeStruct) -> int:
         part = slot_sharding(mesh, x.shape).shard_shape(x.shape)

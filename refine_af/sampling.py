@@ -23,8 +23,9 @@ from refine_af.models import cache as cache_lib
 from refine_af.models.cache import KVCache, Prefix, Tail
 from refine_af.models.transformer import Definition, Params, Transformer
 
-CHUNK = 32  # tokens of a slot between two looks of the host, at most
+CHUNK = 32  # tokens of a slot between two looks of the host, at most; see also `drafting`
 _CDF_BLOCK = 256  # entries a block of the two-level inverse CDF
+_ARGMAX_BLOCKS = 256  # at most; the greatest common divisor with the vocabulary's size
 IN_PROMPT, _DRAWN = 1, 2  # bits of `Slots.seen`
 
 
@@ -340,7 +341,7 @@ def _first_of_largest(x: Float[Array, "B V"], largest: Float[Array, "B 1"]) -> I
     Without an array as large as `x`: the smallest index of an entry that is the largest takes 4.9
     ms for 32 x 49,152 and this 1.9 (2 cores, jax 0.10.2).
     """
-    size = x.shape[1] // math.gcd(x.shape[1], _CDF_BLOCK)
+    size = x.shape[1] // math.gcd(x.shape[1], _ARGMAX_BLOCKS)
     blocks = x.reshape(x.shape[0], -1, size)
     block = jnp.argmax(jnp.max(blocks, axis=-1) == largest, axis=-1)
     inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]

@@ -150,6 +150,16 @@ def test_right_guesses_save_passes() -> None:
 
 
 @pytest.mark.slow
+def test_guesses_with_an_int8_cache_change_no_text() -> None:
+    config = dataclasses.replace(MODELS["alternating"], int8_cache=True)
+    requests, params = random_requests(6, 12, 70), params_of("alternating")
+    plain, guessing = (
+        engine(4, config=config, draft_tokens=count).generate(params, requests) for count in (0, 3)
+    )
+    assert_same(guessing, plain)
+
+
+@pytest.mark.slow
 def test_guesses_on_a_mesh_change_no_text() -> None:
     devices = mesh.make_mesh(config_lib.Mesh(data=2, fsdp=2, tensor=2))
     requests = random_requests(5, 12, 70)

@@ -151,6 +151,18 @@ def test_int8_makes_sampling_smaller() -> None:
     assert sizes[1] < 0.7 * sizes[0]
 
 
+def test_decoding_is_compiled_with_the_guesses_that_it_reads() -> None:
+    found = []
+    for count in (0, 3):
+        model = dataclasses.replace(CONFIG.model, draft_tokens=count)
+        run = abstract_run.abstract_run(dataclasses.replace(CONFIG, model=model), "local", 40)
+        found.append(compilation.compiled(run.programs("sample")[1], run.base))
+    plain, guessing = found
+    assert guessing.model_operations == 4 * plain.model_operations
+    assert guessing.operations > 3 * plain.operations
+    assert guessing.fits and not guessing.warnings
+
+
 def test_a_mesh_that_a_run_refuses_is_refused() -> None:
     config = dataclasses.replace(CONFIG, mesh=Mesh(fsdp=1, tensor=8))
     with pytest.raises(ValueError, match="mesh tensor=8 does not divide the model's num_heads=4"):

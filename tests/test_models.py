@@ -134,7 +134,7 @@ def test_logits_are_float32_in_a_bfloat16_model() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("count", [1, 2, 64, 65])
+@pytest.mark.parametrize("count", [1, 2, 32, 33])
 def test_a_kernel_may_lie_either_way(count: int, dtype: str) -> None:
     """With a kernel [F, D], few bfloat16 rows are the second operand, and many the first."""
     rng = np.random.default_rng(0)
