@@ -79,7 +79,6 @@ _INT8_CACHE = absl_flags.DEFINE_bool(
     False,
     "Keep keys and values as int8: half of what bfloat16 takes; log-probabilities drift.",
 )
-
 _DRAFT_TOKENS = flags.draft_tokens_flag()
 
 _MOST_SAMPLES = 100_000  # of a row; each is a request in memory

@@ -36,8 +36,8 @@ class Seen(NamedTuple):
 
 def visible(
     start: Int[Array, "B 1|T"],
-    query_columns: Int[Array, "*B T"],
-    key_columns: Int[Array, "*B S"],
+    query_columns: Int[Array, "T"] | Int[Array, "1|B T"],
+    key_columns: Int[Array, "S"] | Int[Array, "1|B S"],
     window: int | None,
 ) -> Bool[Array, "B T S"]:
     """Which keys each query may see.
@@ -49,6 +49,7 @@ def visible(
 
     Args:
         start: first column of the text that a query belongs to, of each row or of each query.
+        query_columns: of all rows alike, or of each; so are `key_columns`.
     """
     query = jnp.atleast_2d(query_columns)[:, :, None]
     key = jnp.atleast_2d(key_columns)[:, None]

@@ -54,7 +54,7 @@ class Tail(NamedTuple):
     """
 
     past: KVCache
-    recent: KVCache  # P places, for all columns that the loop writes; in each layer
+    recent: KVCache  # P places in each layer, filled from the first one on
     rotaries: tuple[Rotary, Rotary]  # of P columns, as `Transformer.tail` makes them
     # Column of each row at each place, NO_COLUMN where none is kept; None: all have the clock's.
     own: Int[Array, "B P"] | None = None
