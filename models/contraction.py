@@ -7,12 +7,13 @@ operands and miss those kernels again, hence the rule of our own.
 """
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_FEW_ROWS = 32  # of bfloat16: up to so many, a kernel [F, D] is the faster first operand
+_FEW_ROWS = 32  # of bfloat16: up to so many, a kernel [F, D] may be the faster first operand
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -56,11 +57,11 @@ def rows_times(
 ) -> Float[Array, "T F"]:
     """Product of rows and a kernel, which is cast to their dtype first, in float32.
 
-    XLA's CPU back end lays out a product's second operand anew each time, which takes longer than
-    the product where few rows meet a kernel. A kernel [F, D] can be the first operand instead
-    (16 bfloat16 rows and a kernel of 1536 x 576: 113 us, as the second operand [D, F] 294 us; 2
-    cores with AMX, jax 0.10.2). Two rows take as long as 16, and half as long as one: a single one
-    is doubled.
+    XLA's CPU back end lays out a product's second operand anew each time. Where few rows meet a
+    kernel [F, D], the kernel may be the first operand instead. With AMX that is always faster (16
+    bfloat16 rows, kernel 1536 x 576: 113 us, as the second operand [D, F] 294), without it where
+    D > F (576 x 1536: 70 us, second 96; 1536 x 576: 114, second 89; 2 cores each, jax 0.10.2). A
+    single row is doubled: two take as long as 16 with AMX, and one takes 2 to 12 times as long.
 
     Args:
         kernel: [D, F], or [F, D].
@@ -73,12 +74,26 @@ def rows_times(
         x = jnp.concatenate([x, x])
     if axis == 0:
         y = contract("td,df->tf", x, kernel)
-    elif few:
+    elif few and _comes_first(rows, kernel.shape):
         # Tied down, or the compiler would exchange the operands.
         y = jax.lax.optimization_barrier(contract("fd,td->ft", kernel, x)).T
     else:
         y = contract("td,fd->tf", x, kernel)
     return y[:rows]
+
+
+def _comes_first(rows: int, shape: tuple[int, ...]) -> bool:
+    """Whether a kernel [F, D] is the first operand of a product with few rows."""
+    return _has_amx() or (rows > 1 and shape[1] > shape[0])
+
+
+@functools.cache
+def _has_amx() -> bool:
+    """Whether this host's processor multiplies bfloat16 tiles (Intel's AMX)."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux: no such processor that JAX runs on
+        return False
 
 
 def project(

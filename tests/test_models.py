@@ -135,15 +135,20 @@ def test_logits_are_float32_in_a_bfloat16_model() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("count", [1, 2, 32, 33])
-def test_a_kernel_may_lie_either_way(count: int, dtype: str) -> None:
-    """With a kernel [F, D], few bfloat16 rows are the second operand, and many the first."""
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_kernel_may_lie_either_way(
+    amx: bool, shape: tuple[int, int], count: int, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which operand a kernel [F, D] is depends on the rows, its shape and the processor."""
+    monkeypatch.setattr(contraction, "_has_amx", lambda: amx)
     rng = np.random.default_rng(0)
-    rows = jnp.asarray(rng.normal(size=(count, 24)), dtype)
-    kernel = jnp.asarray(rng.normal(size=(24, 40)), dtype)
+    rows = jnp.asarray(rng.normal(size=(count, shape[0])), dtype)
+    kernel = jnp.asarray(rng.normal(size=shape), dtype)
     wanted = np.asarray(rows, np.float32) @ np.asarray(kernel, np.float32)
     for laid_out, axis in ((kernel, 0), (kernel.T, 1)):
         found = contraction.rows_times(rows, laid_out, axis)
-        assert (found.dtype, found.shape) == (jnp.float32, (count, 40))
+        assert (found.dtype, found.shape) == (jnp.float32, (count, shape[1]))
         np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
 
 
