@@ -11,7 +11,7 @@ import pytest
 from decoders import CONFIGS, LLAMA, MISTRAL, WINDOW, random_params
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from refine_af.models import attention, contraction, heads, transformer
+from refine_af.models import attention, cache, contraction, heads, transformer
 from refine_af.models.config import LoraConfig, ModelConfig
 from refine_af.models.transformer import Definition, Params, define
 
@@ -150,6 +150,40 @@ def test_a_kernel_may_lie_either_way(
         found = contraction.rows_times(rows, laid_out, axis)
         assert (found.dtype, found.shape) == (jnp.float32, (count, shape[1]))
         np.testing.assert_allclose(found, wanted, atol=1e-4, rtol=0)
+
+
+# Caches
+
+
+def test_rows_that_kept_other_columns_end_at_one_again() -> None:
+    """Of two steps of three columns, one row keeps 1 and 2, the other 2 and 3."""
+    past, kept = np.arange(5), np.asarray([[1, 2], [2, 3]])
+    old = np.full((2, 8), -1.0)
+    old[:, :5] = past + 100 * np.arange(2)[:, None]
+    new = 1000 + np.arange(6) + 100 * np.arange(2)[:, None]
+    both = [cache.Stored(x, -x) for x in (jnp.asarray(y)[:, None, :, None] for y in (old, new))]
+    table = jnp.zeros((2, 1, 6, 1))
+    tail = cache.Tail(
+        cache.KVCache((both[0],), jnp.asarray(5)),
+        cache.KVCache((both[1],), jnp.asarray(5)),
+        ((table, table), (table, table)),
+        jnp.full((2, 6), cache.NO_COLUMN, jnp.int32),
+    )
+    for step in range(2):
+        tail = tail._replace(recent=tail.recent._replace(end=tail.end + 3))
+        tail = tail.keep(3, jnp.asarray(kept[:, step]))
+    np.testing.assert_array_equal(tail.own[0, :5], [5, cache.NO_COLUMN, cache.NO_COLUMN, 6, 7])
+    whole, moved = cache.aligned(tail)
+    np.testing.assert_array_equal(moved, [2, 0])
+    assert int(whole.end) == 10
+    columns = np.arange(2, 10)  # those that eight places hold
+    for row, places in enumerate(([0, 3, 4], [0, 1, 3, 4, 5])):
+        text = np.concatenate([np.full(moved[row], np.nan), old[row, :5], new[row, places]])[
+            columns
+        ]
+        found = whole.layers[0]
+        np.testing.assert_array_equal(found.keys[row, 0, columns % 8, 0], text)
+        np.testing.assert_array_equal(found.values[row, 0, columns % 8, 0], -text)
 
 
 # Configs and presets
