@@ -3,7 +3,9 @@
 Axis letters as in `layers`; C counts the places of a layer, P those of a shared prefix.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,20 +46,16 @@ class KVCache(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """A cache that is only read, and the columns since, for a loop that writes a few at a time.
+    """A cache that is only read, and the columns since, for a loop that writes several at a time.
 
-    Each step then writes to a small array: XLA's CPU back end converts the whole of a bfloat16
-    array to float32 and back to write to it. Rotations are computed once for all steps.
-
-    A step may write several columns of which a row then keeps the first ones (`keep`): rows come to
-    have their own places for their own columns.
+    Of the columns of a step a row keeps the first ones (`keep`): rows come to have their own places
+    for their own columns. Rotations are computed once for all steps.
     """
 
     past: KVCache
     recent: KVCache  # P places in each layer, filled from the first one on
     rotaries: tuple[Rotary, Rotary]  # of P columns, as `Transformer.tail` makes them
-    # Column of each row at each place, NO_COLUMN where none is kept; None: all have the clock's.
-    own: Int[Array, "B P"] | None = None
+    own: Int[Array, "B P"]  # column of each row at each place, NO_COLUMN where none is kept
 
     @property
     def end(self) -> Int[Array, ""]:
@@ -69,39 +67,27 @@ class Tail(NamedTuple):
         """Where the next column is written."""
         return self.end - self.past.end
 
-    def ahead(self) -> Int[Array, "1|B"]:
-        """Columns since `past` that a row has; one number where they have the clock's."""
-        if self.own is None:
-            return self.place[None]
+    def ahead(self) -> Int[Array, "B"]:
+        """Columns since `past` that a row has."""
         return jnp.sum(self.own < NO_COLUMN, axis=1)
 
-    def next_columns(self, count: int) -> Int[Array, "1|B T"]:
+    def next_columns(self, count: int) -> Int[Array, "B T"]:
         """The next `count` columns of the rows."""
         first = self.past.end + self.ahead()
         return first[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
 
     def next_rotaries(self, count: int) -> tuple[Rotary, Rotary]:
         """Those of the next columns."""
-
-        def cut(x: Array) -> Array:
-            if self.own is None:
-                return jax.lax.dynamic_slice_in_dim(x, self.place, count, axis=2)
-            at = self.next_columns(count) - self.past.end
-            return jnp.take_along_axis(x, at[:, None, :, None], axis=2)
-
-        first, second = jax.tree.map(cut, self.rotaries)
+        at = (self.next_columns(count) - self.past.end)[:, None, :, None]
+        first, second = jax.tree.map(lambda x: jnp.take_along_axis(x, at, axis=2), self.rotaries)
         return first, second
 
-    def key_columns(self, new: Int[Array, "1|B T"]) -> Int[Array, "1|B P"]:
+    def key_columns(self, new: Int[Array, "B T"]) -> Int[Array, "B P"]:
         """Column at each place when `new` ones are written; later ones where nothing is."""
-        if self.own is None:
-            places = self.recent.layers[0].keys.shape[2]
-            return self.past.end + jnp.arange(places, dtype=jnp.int32)[None]
         return jax.lax.dynamic_update_slice(self.own, new, (0, self.place))
 
     def keep(self, count: int, kept: Int[Array, "B"]) -> "Tail":
         """Of the `count` columns written last, a row keeps the first `kept` ones."""
-        assert self.own is not None
         void = jnp.arange(count, dtype=jnp.int32)[None] >= kept[:, None]
         new = jnp.where(void, NO_COLUMN, self.next_columns(count))
         own = jax.lax.dynamic_update_slice(self.own, new, (0, self.place - count))
@@ -138,29 +124,11 @@ def empty(config: ModelConfig, batch: int, length: int, *, windows: bool = True)
     return KVCache(tuple(map(layer, range(config.num_layers))), jnp.zeros((), jnp.int32))
 
 
-def joined(tail: Tail) -> KVCache:
-    """One cache again, with the recent columns over the oldest ones."""
-    past, recent = tail.past, tail.recent
-
-    def layer(old: Stored, new: Stored) -> Stored:
-        column = columns(old.keys.shape[2], recent.end)
-
-        def merge(old: Array, new: Array) -> Array:
-            is_new = (column >= past.end).reshape(1, 1, -1, *[1] * (old.ndim - 3))
-            place = jnp.clip(column - past.end, 0, new.shape[2] - 1)
-            return jnp.where(is_new, jnp.take(new, place, axis=2), old)
-
-        return jax.tree.map(merge, old, new)
-
-    return KVCache(tuple(map(layer, past.layers, recent.layers)), recent.end)
-
-
 def aligned(tail: Tail) -> tuple[KVCache, Int[Array, "B"]]:
-    """One cache again, of a tail whose rows have their own columns; and by how many each moved.
+    """One cache again, and by how many columns each row moved.
 
     The row with the most of them sets the clock, and the texts of others move up to it.
     """
-    assert tail.own is not None
     past, recent, ahead = tail.past, tail.recent, tail.ahead()
     end = past.end + jnp.max(ahead)
     moved = jnp.max(ahead) - ahead
@@ -180,7 +148,7 @@ def aligned(tail: Tail) -> tuple[KVCache, Int[Array, "B"]]:
             both = jnp.concatenate([old, new], axis=2)
             return jnp.take_along_axis(both, at.reshape(len(at), 1, -1, *[1] * (old.ndim - 3)), 2)
 
-        return jax.tree.map(merge, old, new)
+        return jax.tree.map(functools.partial(_by_bits, merge), old, new)
 
     return KVCache(tuple(map(layer, past.layers, recent.layers)), end), moved
 
@@ -230,7 +198,9 @@ def append(stored: Stored, new: Stored, end: Int[Array, ""], window: int | None)
         at = (end + jnp.arange(count - kept, count, dtype=jnp.int32)) % places
         return old.at[:, :, at].set(x[:, :, count - kept :], unique_indices=True)
 
-    return jax.tree.map(write, stored, store(new.keys, new.values, stored))
+    return jax.tree.map(
+        functools.partial(_by_bits, write), stored, store(new.keys, new.values, stored)
+    )
 
 
 def resize(config: ModelConfig, old: KVCache, length: int) -> KVCache:
@@ -242,7 +212,7 @@ def resize(config: ModelConfig, old: KVCache, length: int) -> KVCache:
     def layer(index: int, stored: Stored) -> Stored:
         places = num_places(config, index, length)
         at = columns(places, old.end) % stored.keys.shape[2]
-        moved = jax.tree.map(lambda x: jnp.take(x, at, axis=2), stored)
+        moved = _taken(stored, at)
         return quantized(moved) if config.int8_cache and stored.key_scales is None else moved
 
     return KVCache(tuple(layer(i, s) for i, s in enumerate(old.layers)), old.end)
@@ -263,14 +233,13 @@ def insert(
     def layer(stored: Stored, origin: Stored) -> Stored:
         shift = last - (cache.end - 1)
         at = (columns(stored.keys.shape[2], cache.end) + shift) % origin.keys.shape[2]
-        taken = jax.tree.map(lambda x: jnp.take(x[row], at, axis=1), origin)
+        taken = _taken(jax.tree.map(lambda x: x[row][None], origin), at)
         if stored.key_scales is not None and origin.key_scales is None:
             taken = quantized(taken)
-        return jax.tree.map(
-            lambda old, x: jax.lax.dynamic_update_index_in_dim(old, x.astype(old.dtype), slot, 0),
-            stored,
-            taken,
-        )
+        return jax.tree.map(functools.partial(_by_bits, put), stored, taken)
+
+    def put(old: Array, x: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, x.astype(old.dtype), slot, axis=0)
 
     return KVCache(tuple(map(layer, cache.layers, source.layers)), cache.end)
 
@@ -281,6 +250,29 @@ def prefix_of(config: ModelConfig, source: KVCache, length: int) -> Prefix:
     def layer(index: int, stored: Stored) -> Stored:
         places = num_places(config, index, length)
         at = (source.end - places + jnp.arange(places, dtype=jnp.int32)) % stored.keys.shape[2]
-        return jax.tree.map(lambda x: jnp.take(x, at, axis=2), stored)
+        return _taken(stored, at)
 
     return Prefix(tuple(layer(i, s) for i, s in enumerate(source.layers)))
+
+
+def _taken(stored: Stored, places: Int[Array, "C"]) -> Stored:
+    """What stands at these places."""
+    return jax.tree.map(functools.partial(_by_bits, lambda x: jnp.take(x, places, axis=2)), stored)
+
+
+def _by_bits(move: Callable[..., Array], *arrays: Array) -> Array:
+    """`move(*arrays)`, of arrays of one dtype whose entries it only moves.
+
+    Several rows of 16 bits are moved as integers on a CPU: XLA's back end would convert whole
+    arrays to float32 and back (a row of caches for 64 x 384 columns of SmolLM2-135M: 20 ms, as
+    integers 2; jax 0.10.2). A single row, as integers, it would copy instead.
+    """
+    dtype = arrays[0].dtype
+
+    def as_integers(*arrays: Array) -> Array:
+        moved = move(*(jax.lax.bitcast_convert_type(x, jnp.uint16) for x in arrays))
+        return jax.lax.bitcast_convert_type(moved, dtype)
+
+    if dtype.itemsize != 2 or arrays[0].shape[0] == 1:
+        return move(*arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=as_integers, default=move)

@@ -76,6 +76,7 @@ class Transformer(nnx.Module):
         cache: KVCache | Tail | None = None,
         prefix: Prefix | None = None,
         offset: Int[Array, "B *T"] | None = None,
+        rotaries: tuple[Rotary, Rotary] | None = None,
         remat: str = "none",
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Final hidden states (after the last norm), for `logits` or a value head; and the cache.
@@ -92,6 +93,7 @@ class Transformer(nnx.Module):
             prefix: what stands before column `start` of texts that begin alike; needs unstacked
                 layers.
             offset: number of prefix tokens before each text (or each token's): all of them or 0.
+            rotaries: of these columns, where `rotaries_of` was called before, for several steps.
             remat: what the backward pass computes again: `none` of a layer, `full`, all of it, or
                 `cheap`, all but its linear maps.
         """
@@ -104,9 +106,10 @@ class Transformer(nnx.Module):
         start = start.reshape(tokens.shape[0], -1)
         offset = jnp.zeros_like(start) if offset is None else offset.reshape(tokens.shape[0], -1)
         positions = _positions(columns, start, offset)
-        rotaries = (
-            self._rotaries(positions) if tail is None else tail.next_rotaries(tokens.shape[1])
-        )
+        if tail is not None:
+            rotaries = tail.next_rotaries(tokens.shape[1])
+        elif rotaries is None:
+            rotaries = self._rotaries(positions)
         x = self._split_rows(self._embed(tokens))
         if cache is None and prefix is None and self.stacked:
             x, kept = self._scan(x, rotaries, start, remat=remat)
@@ -133,11 +136,17 @@ class Transformer(nnx.Module):
         self, cache: KVCache, start: Int[Array, "B"], offset: Int[Array, "B"], places: int
     ) -> Tail:
         """The same cache for a loop that writes `places` more columns of these texts."""
-        columns = (cache.end + jnp.arange(places, dtype=jnp.int32))[None]
-        positions = _positions(columns, start[:, None], offset[:, None])
         recent = cache_lib.empty(self.config, len(start), places, windows=False)
         recent = recent._replace(end=cache.end)
-        return Tail(cache, recent, self._rotaries(positions))
+        own = jnp.full((len(start), places), cache_lib.NO_COLUMN, jnp.int32)
+        return Tail(cache, recent, self.rotaries_of(cache.end, start, offset, places), own)
+
+    def rotaries_of(
+        self, end: Int[Array, ""], start: Int[Array, "B"], offset: Int[Array, "B"], count: int
+    ) -> tuple[Rotary, Rotary]:
+        """Rotations of the `count` columns from `end` on, of texts as `__call__` takes them."""
+        columns = (end + jnp.arange(count, dtype=jnp.int32))[None]
+        return self._rotaries(_positions(columns, start[:, None], offset[:, None]))
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Start of the residual stream, float32."""

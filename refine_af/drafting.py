@@ -98,7 +98,6 @@ def decode(
     batch, length = texts.shape
     nothing = jnp.zeros((batch, PLACES), jnp.float32)
     tail = model.tail(slots.cache, slots.start, slots.offset, PLACES)
-    tail = tail._replace(own=jnp.full((batch, PLACES), cache_lib.NO_COLUMN, jnp.int32))
     first = _Drafting(
         jnp.zeros((), jnp.int32),
         slots,

@@ -31,6 +31,8 @@ _TEXT_CHUNK = 16  # tokens between two looks for stop strings; with guesses twic
 _LEAST_PLACES = 64  # of a cache
 _NO_LIMIT = 1 << 30  # tokens; more than any vocabulary has
 _SHRINK = 4  # the batch is cut to a quarter when no more answers are left, or to a quarter of that
+# With more slots, as many of them are free before prompts are read: reading several costs less.
+_SLOTS_PER_WAKE = 16
 _COLUMNS_PER_PROMPT = 32  # of a pack
 
 Progress = Callable[[int], None]  # called with the number of new tokens
@@ -194,7 +196,7 @@ class _Run:
             engine.mesh,
             wanted=-(-wanted // parts) * parts,
             length=self._places(whole, whole),
-            tail_length=drafting.PLACES if engine.draft_tokens else CHUNK,
+            tail_length=drafting.PLACES if engine.draft_tokens else 0,
             prefix_length=prefix_length,
             scratch_length=self._room(longest) if longest > engine.max_read or prefix_length else 0,
             free=engine.cache_budget,
@@ -365,7 +367,8 @@ class _Run:
         self._shrink()
         self._fit(list(self.live.values()))
         idle = np.asarray([slot not in self.live for slot in range(self.num_slots)])
-        wake = int(idle.sum()) + 1 if self.queue else self.num_slots
+        wake = int(idle.sum()) + max(1, self.num_slots // _SLOTS_PER_WAKE)
+        wake = min(wake, self.num_slots) if self.queue else self.num_slots
         slots = self.slots._replace(done=shard_slots(self.engine.mesh, idle))
         self.slots, found = self._loop(slots, np.int32(wake))
         drawn, (token, logprob, full) = processes.to_host((self.slots.drawn, found))

@@ -71,7 +71,7 @@ def affordable_slots(
         wanted: a multiple of the number of parts of a batch.
         length: tokens of the longest text; caches grow up to it, so that an old one and a new
             one are there at the same time.
-        tail_length: columns that are written apart before they join a cache.
+        tail_length: columns that are written apart before they join a cache; 0: none.
         prefix_length: tokens of a shared beginning.
         scratch_length: tokens of the cache that a long prompt is read into.
         free: bytes on each device; None: what is free now.
@@ -85,8 +85,9 @@ def affordable_slots(
 
     def needed(num_slots: int) -> int:
         kept = sum(cache_bytes(config, mesh, num_slots, n) for n in (length, length * 3 // 4))
-        tail = cache_bytes(config, mesh, num_slots, tail_length, windows=False)
-        return single + kept + tail
+        if not tail_length:
+            return single + kept
+        return single + kept + cache_bytes(config, mesh, num_slots, tail_length, windows=False)
 
     num_slots = wanted
     while needed(num_slots) > free and num_slots > parts:

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from refine_af import mesh as mesh_lib
-from refine_af.models import attention, transformer
 from refine_af.models import cache as cache_lib
-from refine_af.models.cache import KVCache, Prefix, Tail
+from refine_af.models import transformer
+from refine_af.models.cache import KVCache, Prefix
+from refine_af.models.rotary import Rotary
 from refine_af.models.transformer import Definition, Params, Transformer
 
 CHUNK = 32  # tokens of a slot between two looks of the host, at most; see also `drafting`
@@ -204,7 +205,7 @@ def place(slots: Slots, pack: Pack, found: Read) -> Slots:
     return jax.lax.fori_loop(0, pack.num_prompts, put_all, slots)
 
 
-_Decoding = tuple[Array, Slots, Tail | None, Chosen]  # steps taken; tokens drawn
+_Decoding = tuple[Array, Slots, Chosen]  # steps taken; tokens drawn
 
 
 def decode(
@@ -225,45 +226,48 @@ def decode(
     batch = slots.token.shape[0]
     nothing = jnp.zeros((batch, CHUNK), jnp.float32)
     found = Chosen(jnp.zeros((batch, CHUNK), jnp.int32), nothing, nothing)
+    rotaries = model.rotaries_of(slots.cache.end, slots.start, slots.offset, CHUNK)
 
     def step(carry: _Decoding) -> _Decoding:
-        i, slots, tail, found = carry
-        slots, tail, chosen = _step(model, slots, tail, prefix, needs)
-        return i + 1, slots, tail, jax.tree.map(lambda a, b: a.at[:, i].set(b), found, chosen)
+        i, slots, found = carry
+        rotary = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1, axis=2), rotaries)
+        slots, chosen = _step(model, slots, prefix, rotary, needs)
+        return i + 1, slots, jax.tree.map(lambda a, b: a.at[:, i].set(b), found, chosen)
 
     def going(carry: _Decoding) -> Array:
-        i, slots, *_ = carry
+        i, slots, _ = carry
         return (i < steps) & (jnp.sum(slots.done) < wake)
 
-    tail = None
-    if not attention.decodes_in_place(definition.config):
-        tail = model.tail(slots.cache, slots.start, slots.offset, CHUNK)
-    first = jnp.zeros((), jnp.int32), slots, tail, found
-    _, slots, tail, found = jax.lax.while_loop(going, step, first)
-    return slots if tail is None else slots._replace(cache=cache_lib.joined(tail)), found
+    _, slots, found = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), slots, found))
+    return slots, found
 
 
 def _step(
-    model: Transformer, slots: Slots, tail: Tail | None, prefix: Prefix | None, needs: Needs
-) -> tuple[Slots, Tail | None, Chosen]:
-    """One more token for every slot; new columns are in the tail, without one in the cache."""
-    cache = slots.cache if tail is None else tail
-    hidden, written = model(
-        slots.token[:, None], slots.start, cache=cache, prefix=prefix, offset=slots.offset
+    model: Transformer,
+    slots: Slots,
+    prefix: Prefix | None,
+    rotaries: tuple[Rotary, Rotary],
+    needs: Needs,
+) -> tuple[Slots, Chosen]:
+    """One more token for every slot."""
+    hidden, cache = model(
+        slots.token[:, None],
+        slots.start,
+        cache=slots.cache,
+        prefix=prefix,
+        offset=slots.offset,
+        rotaries=rotaries,
     )
-    if tail is None:
-        slots = slots._replace(cache=written)
-    else:
-        tail = written
     chosen = choose(model.logits(hidden[:, 0]), slots.seen, slots.drawn, slots.limits, needs)
     drawn = slots.drawn + ~slots.done
     slots = slots._replace(
+        cache=cache,
         token=chosen.token,
         drawn=drawn,
         done=slots.done | is_last(chosen.token, drawn, slots.limits),
         seen=note(slots.seen, chosen.token),
     )
-    return slots, tail, chosen
+    return slots, chosen
 
 
 def is_last(token: Int[Array, "B"], drawn: Int[Array, "B"], limits: Limits) -> Bool[Array, "B"]:

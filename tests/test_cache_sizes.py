@@ -119,8 +119,8 @@ def requests_of_100_tokens() -> list[Request]:
 
 
 def needed_by_a_slot() -> int:
-    """The cache for 128 tokens, the one of 96 that it may grow from, and the columns of a loop."""
-    lengths = 128, 96, sampling.CHUNK
+    """The cache for 128 tokens, and the one of 96 that it may grow from."""
+    lengths = 128, 96
     return sum(memory.cache_bytes(MODELS["global"], one_device(), 1, n) for n in lengths)
 
 
