@@ -56,6 +56,22 @@ def test_a_grown_cache_and_a_smaller_batch_change_no_token() -> None:
     assert len({places for _, places in sizes}) >= 3
 
 
+def test_many_slots_wait_for_several_to_be_free_before_prompts_are_read() -> None:
+    """Of 32 slots two, as long as requests wait."""
+    free = []
+    read = sampling.jit_read
+
+    def spy(definition: Any, params: Any, pack: sampling.Pack, *rest: Any) -> Any:
+        free.append(int(pack.num_prompts))
+        return read(definition, params, pack, *rest)
+
+    requests = until(*((3 + i % 5, 2 + i) for i in range(40)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "jit_read", spy)
+        engine_of("global", 32, eos_ids=()).generate(params_of("global"), requests)
+    assert sum(free) == 40 and free[-4:] == [2, 2, 2, 2]
+
+
 def until(*ends: tuple[int, int]) -> list[Request]:
     """Requests of so many prompt tokens and new ones."""
     options = [(size, Sampling(temperature=1.0, max_new_tokens=count)) for size, count in ends]
