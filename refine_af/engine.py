@@ -367,8 +367,8 @@ class _Run:
         self._shrink()
         self._fit(list(self.live.values()))
         idle = np.asarray([slot not in self.live for slot in range(self.num_slots)])
-        wake = int(idle.sum()) + max(1, self.num_slots // _SLOTS_PER_WAKE)
-        wake = min(wake, self.num_slots) if self.queue else self.num_slots
+        awaited = min(max(1, self.num_slots // _SLOTS_PER_WAKE), len(self.queue))
+        wake = int(idle.sum()) + awaited if self.queue else self.num_slots
         slots = self.slots._replace(done=shard_slots(self.engine.mesh, idle))
         self.slots, found = self._loop(slots, np.int32(wake))
         drawn, (token, logprob, full) = processes.to_host((self.slots.drawn, found))
