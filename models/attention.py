@@ -70,7 +70,7 @@ def attend(
     b, n, t, h = query.shape
     k = config.num_kv_heads
     grouped = (query * scale(config)).reshape(b, k, n // k * t, h)
-    if t == 1 and decodes_in_place(config):
+    if t == 1 and has_decode_kernel(config):
         whole = decode_kernel.merged([x for part in seen for x in _partials(grouped, part)])
         return whole.reshape(b, n, t, h).astype(query.dtype)
     scores = _joined([_scores(grouped, part.stored) for part in seen])
@@ -86,8 +86,8 @@ def attend(
     return jnp.asarray(mixed).reshape(b, n, t, h).astype(query.dtype)
 
 
-def decodes_in_place(config: ModelConfig) -> bool:
-    """Whether a kernel attends to caches, one column at a time: then steps write to them."""
+def has_decode_kernel(config: ModelConfig) -> bool:
+    """Whether a kernel attends to caches, one column at a time."""
     return config.decode_kernel != "xla"
 
 
@@ -97,7 +97,7 @@ def check_decode_kernel(config: ModelConfig, devices: Sequence[jax.Device]) -> N
     Raises:
         ValueError: says why.
     """
-    obstacle = decode_kernel.obstacle(config, devices) if decodes_in_place(config) else None
+    obstacle = decode_kernel.obstacle(config, devices) if has_decode_kernel(config) else None
     if obstacle:
         kernel = config.decode_kernel
         raise ValueError(f"decode_kernel={kernel!r}: {obstacle}; take decode_kernel='xla'")

@@ -35,7 +35,7 @@ def check(count: int, config: ModelConfig) -> None:
     """
     if not 0 <= count <= MOST:
         raise ValueError(f"draft_tokens={count}: expected 0 to {MOST}")
-    if count and attention.decodes_in_place(config):
+    if count and attention.has_decode_kernel(config):
         raise ValueError(
             f"draft_tokens={count}: decode_kernel={config.decode_kernel!r} reads one token at a "
             "time; take decode_kernel='xla'"

@@ -31,7 +31,7 @@ _TEXT_CHUNK = 16  # tokens between two looks for stop strings; with guesses twic
 _LEAST_PLACES = 64  # of a cache
 _NO_LIMIT = 1 << 30  # tokens; more than any vocabulary has
 _SHRINK = 4  # the batch is cut to a quarter when no more answers are left, or to a quarter of that
-# With more slots, as many of them are free before prompts are read: reading several costs less.
+# One slot in so many is free before prompts are read: several together take less time each.
 _SLOTS_PER_WAKE = 16
 _COLUMNS_PER_PROMPT = 32  # of a pack
 
